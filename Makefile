@@ -1,0 +1,49 @@
+# `make quickstart` and `make test` install what they need into .venv, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+STAMP := $(VENV)/.installed
+
+.PHONY: quickstart test test-all lint install clean
+
+quickstart: $(STAMP)
+	$(BIN)/python -m kmax_d2.tools.quickstart
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+install: $(STAMP)
+
+# The stamp is written last, so that an interrupted install is taken up again.
+$(STAMP): setup.py constraints.txt Makefile
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch and torchvision (a few minutes, once)"
+	@$(PIP) install -c constraints.txt torch torchvision setuptools wheel
+	@$(BIN)/python -c "import detectron2" 2>/dev/null || $(MAKE) --no-print-directory detectron2
+	@echo "installing kmax_d2"
+	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# From its repository if that can be reached, else upstream's Python source as it is packaged on PyPI.
+# That wheel is tagged for CPython 3.10 although the project uses none of its compiled part.
+.PHONY: detectron2
+detectron2:
+	@echo "installing detectron2"
+	@$(PIP) install -c constraints.txt fvcore iopath pycocotools matplotlib termcolor yacs tabulate cloudpickle tqdm \
+	  tensorboard omegaconf hydra-core black packaging numpy opencv-python-headless
+	@GIT_TERMINAL_PROMPT=0 $(PIP) install --no-build-isolation -c constraints.txt \
+	  'git+https://github.com/facebookresearch/detectron2.git' >$(VENV)/detectron2.log 2>&1 \
+	|| { echo "  its repository gave no build (see $(VENV)/detectron2.log); taking the Python source from PyPI"; \
+	  $(PIP) install --no-deps --only-binary=:all: --python-version 3.10 --implementation cp --upgrade \
+	  --target "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')" sal-detectron2==0.7.2; }
+
+clean:
+	rm -rf $(VENV) output build *.egg-info

@@ -1,0 +1,122 @@
+"""Names and layouts of the official TensorFlow variables, mapped to ours by rule."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+_PREDICTOR = [
+    (r"_?pixel_space_head\.conv_block\._conv1_bn_act\.", "pixel_head."),
+    (r"_?pixel_space_head\.final_conv", "pixel_projection"),
+    (r"_?pixel_space_feature_batch_norm", "pixel_norm"),
+    (r"_?pixel_space_mask_batch_norm", "mask_norm"),
+    (r"_?transformer_class_head\._conv", "class_head"),
+    (r"_?transformer_mask_head", "mask_embedding"),
+]
+
+# Applied in order to a name with dots for slashes; each names one part of the model.
+_RULES = [
+    (r"^(pixel_space_|transformer_(class|mask)_head)", r"transformer_decoder.predictor.\1"),
+    (r"^transformer_decoder\._kmax_decoder\.(\d+)\._block1_transformer\.", r"transformer_decoder.layers.\1."),
+    (r"^transformer_decoder\._(class|mask)_embedding_projection", r"transformer_decoder.\1_projection"),
+    (r"^transformer_decoder\.cluster_centers", "transformer_decoder.centers"),
+    (r"\._auxiliary_clustering_predictor\.", ".predictor."),
+    *_PREDICTOR,
+    (r"_pixel_conv1_bn_act", "pixel_projection"),
+    (r"_pixel_v_conv_bn", "pixel_value"),
+    (r"_kmeans_memory_batch_norm_retrieved_value", "kmeans.norm"),
+    (r"_kmeans_memory_conv3_bn", "kmeans.projection"),
+    (r"_memory_conv1_bn_act", "center_projection"),
+    (r"_memory_qkv_conv_bn", "attention.qkv"),
+    (r"_memory_attention\._batch_norm_similarity", "attention.norm_logits"),
+    (r"_memory_attention\._batch_norm_retrieved_value", "attention.norm_values"),
+    (r"_memory_conv3_bn", "attention.projection"),
+    (r"_memory_ffn_conv1_bn_act", "ffn.expand"),
+    (r"_memory_ffn_conv2_bn", "ffn.project"),
+    (r"^encoder\._stem", "backbone.stem"),
+    (r"^encoder\._stage", "backbone.stage"),
+    (r"^pixel_decoder\._backbone_norms", "pixel_decoder.input_norms"),
+    (r"^pixel_decoder\._skip_connections\.(\d+)\._resized_conv_bn1", r"pixel_decoder.fusions.\1.coarse.1"),
+    (r"^pixel_decoder\._skip_connections\.(\d+)\._resized_conv_bn2", r"pixel_decoder.fusions.\1.fine.1"),
+    (r"^pixel_decoder\._stages", "pixel_decoder.stages"),
+    (r"\._attention\._(height|width)_axis", r".\1_attention"),
+    (r"_batch_norm_qkv", "norm_qkv"),
+    (r"_batch_norm_similarity", "norm_logits"),
+    (r"_batch_norm_retrieved_output", "norm_values"),
+    (r"_(query|key|value)_rpe\.embeddings", r"\1_positions"),
+    (r"qkv_kernel", "qkv.weight"),
+    (r"^semantic_decoder\._aspp\._conv_bn_act", "semantic_head.aspp.pointwise"),
+    (r"^semantic_decoder\._aspp\._aspp_pool\._conv_bn_act", "semantic_head.aspp.pool"),
+    (r"^semantic_decoder\._aspp\._proj_conv_bn_act", "semantic_head.aspp.projection"),
+    (r"^semantic_head_without_last_layer\._conv1_bn_act", "semantic_head.head"),
+    (r"^semantic_last_layer", "semantic_head.classifier"),
+    (r"\._shortcut", ".shortcut"),
+    (r"\._conv([123])_bn(_act)?", r".conv\1"),
+    (r"\._(depthwise|pointwise)\.", r".\1."),
+    (r"\._depthwise_conv\.depthwise_kernel", ".conv.weight"),
+    (r"\._conv\.kernel", ".conv.weight"),
+    (r"\.kernel$", ".weight"),
+    (r"\._batch_norm\.", ".norm."),
+    (r"\.gamma$", ".weight"),
+    (r"\.beta$", ".bias"),
+    (r"\.moving_mean$", ".running_mean"),
+    (r"\.moving_variance$", ".running_var"),
+    # Maps of vectors are linear here; those of pixels stay convolutions.
+    (r"((center|class|mask)_projection|mask_embedding|\.qkv|kmeans\.projection|attention\.projection|ffn\.\w+)\.conv\.", r"\1.linear."),
+]
+
+# These count from 1 there and from 0 here.
+_COUNTED_FROM_ONE = [
+    (r"\._block(\d+)", "."),
+    (r"^semantic_decoder\._aspp\._aspp_conv(\d+)\._conv_bn_act", "semantic_head.aspp.atrous."),
+    (r"^semantic_decoder\._low_level_conv(\d+)", "semantic_head.low_level."),
+    (r"^semantic_decoder\._fusion_conv(\d+)\._conv1_bn_act", "semantic_head.fuse."),
+]
+
+
+def state_dict_name(official_name: str) -> str:
+    """Our name of an official variable, e.g. "encoder/_stem/_conv/kernel" gives "backbone.stem.conv.weight"."""
+    name = official_name.replace("/", ".")
+    # Before the counting: the transformer's only block has no place in our names.
+    name = re.sub(_RULES[1][0], _RULES[1][1], name)
+    for pattern, prefix in _COUNTED_FROM_ONE:
+        name = re.sub(pattern, lambda match, prefix=prefix: f"{prefix}{int(match[1]) - 1}", name)
+    for pattern, replacement in _RULES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _to_our_layout(kind: str, name: str, array: np.ndarray) -> np.ndarray:
+    """From TensorFlow's layout; `kind` is the last part of the official name, `name` ours."""
+    if kind == "cluster_centers":
+        return array[0]
+    if kind == "depthwise_kernel":  # (height, width, channels, 1)
+        return array.transpose(2, 3, 0, 1)
+    if not kind.endswith("kernel"):
+        # A batch norm over several axes has its channels in as many.
+        return array if kind == "embeddings" else array.reshape(-1)
+    # (in, out), behind the axes of the window; over vectors there is one such axis or none.
+    array = np.moveaxis(array, (-1, -2), (0, 1))
+    window = (1, 1) if name.endswith((".conv.weight", "_attention.qkv.weight")) and array.ndim < 4 else array.shape[2:]
+    window = () if name.endswith(".linear.weight") or array.ndim == 3 and window == (1,) else window
+    return array.reshape(*array.shape[:2], *window)
+
+
+def official_to_state_dict(variables: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """Turns the official model's variables into a state dict of :class:`~kmax_d2.modeling.KMaXDeepLab`.
+
+    Args:
+        variables: arrays by official name, such as "encoder/_stem/_conv/kernel", in TensorFlow's layout. Classes are
+            in contiguous order already, as COCO's are.
+    """
+    state_dict = {}
+    for official_name, array in variables.items():
+        name = state_dict_name(official_name)
+        array = _to_our_layout(official_name.rsplit("/", 1)[-1], name, np.asarray(array))
+        if name.startswith("semantic_head.classifier."):
+            array = np.roll(array, -1, axis=0)  # void is the first channel there, the last here
+        state_dict[name] = torch.from_numpy(np.ascontiguousarray(array))
+    return state_dict

@@ -1,0 +1,96 @@
+"""Every option of the project, once, with a default that works. Defaults are those of ResNet-50 on COCO."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+
+
+def add_kmax_config(cfg: CfgNode) -> None:
+    """Adds the options of kMaX-DeepLab to a Detectron2 config, in place."""
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.INPUT.DATASET_MAPPER_NAME = "kmax_panoptic"  # mapper of the training images
+    cfg.INPUT.CROP_SIZE = [1281, 1281]  # (height, width) of training crops and of padded test images
+    cfg.INPUT.FIT_CROP = True  # resize images so that they just fit the crop before anything else
+    cfg.INPUT.SCALE_RANGE = [0.3, 1.7]  # random scales of the resized image
+    cfg.INPUT.SCALE_STEPS = 15  # number of evenly spaced scales; 0 draws from the whole range
+    cfg.INPUT.COLOR_POLICY = True  # the color policy of the official training
+    cfg.INPUT.COLOR_LEVEL = 1.0  # factor on the policy's levels; 0.2 on Cityscapes
+
+    # Own data in COCO panoptic format: (image folder, PNG folder, JSON file), used instead of DATASETS.TRAIN and TEST.
+    cfg.DATASETS.OWN_TRAIN = []
+    cfg.DATASETS.OWN_TEST = []
+
+    # A weight of PyTorch's AdamW in the official setting.
+    cfg.SOLVER.OPTIMIZER = "AdamW"
+    cfg.SOLVER.BASE_LR = 5e-4
+    cfg.SOLVER.WEIGHT_DECAY = 0.05  # on kernels only
+    cfg.SOLVER.ADAM_EPS = 1e-7
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1  # factor on the backbone's learning rate
+    cfg.SOLVER.LR_SCHEDULER_NAME = "WarmupPoly"
+    cfg.SOLVER.POLY_POWER = 0.9
+    cfg.SOLVER.WARMUP_ITERS = 5000
+    cfg.SOLVER.AMP.PRECISION = "bfloat16"  # or "float16"; read where SOLVER.AMP.ENABLED
+
+    cfg.MODEL.META_ARCHITECTURE = "KMaXDeepLab"
+    cfg.MODEL.BACKBONE.NAME = "KMaXResNet"
+    cfg.MODEL.PIXEL_MEAN = [127.5, 127.5, 127.5]
+    cfg.MODEL.PIXEL_STD = [127.5, 127.5, 127.5]
+
+    kmax = cfg.MODEL.KMAX = CfgNode()
+    kmax.NUM_CLASSES = 0  # without void; 0 takes it from the dataset
+    kmax.NORM = "SyncBN"  # batch norm of every part; on CPUs the matching one is taken
+
+    kmax.RESNET = CfgNode()
+    kmax.RESNET.BLOCKS = [3, 4, 6, 3]
+    kmax.RESNET.WIDTHS = [64, 128, 256, 512]
+    kmax.RESNET.STEM_WIDTH = 64
+    kmax.RESNET.OUT_FEATURES = ["stage2", "stage3", "stage4", "stage5"]
+
+    kmax.PIXEL_DECODER = CfgNode()
+    kmax.PIXEL_DECODER.NAME = "KMaXPixelDecoder"
+    kmax.PIXEL_DECODER.IN_FEATURES = ["stage5", "stage4", "stage3", "stage2"]  # coarse to fine
+    kmax.PIXEL_DECODER.WIDTHS = [512, 256, 128, 64]  # a stage's output has four times as many channels
+    kmax.PIXEL_DECODER.BLOCKS = [1, 5, 1, 1]
+    kmax.PIXEL_DECODER.KINDS = ["axial", "axial", "bottleneck", "bottleneck"]
+    kmax.PIXEL_DECODER.DILATION = 2  # of the bottlenecks; 1 for weights of the public PyTorch port
+
+    kmax.TRANSFORMER_DECODER = CfgNode()
+    kmax.TRANSFORMER_DECODER.NAME = "KMaXTransformerDecoder"
+    kmax.TRANSFORMER_DECODER.NUM_QUERIES = 128
+    kmax.TRANSFORMER_DECODER.DECODERS = [2, 2, 2]  # decoders on each of the first pixel decoder maps
+    kmax.TRANSFORMER_DECODER.CHANNELS = 256
+    kmax.TRANSFORMER_DECODER.FFN_CHANNELS = 2048
+    kmax.TRANSFORMER_DECODER.KEY_CHANNELS = 128
+    kmax.TRANSFORMER_DECODER.NUM_HEADS = 8
+    kmax.TRANSFORMER_DECODER.FEATURE_CHANNELS = 128  # of the pixel features
+    kmax.TRANSFORMER_DECODER.DROP_PATH = 0.2
+
+    kmax.SEMANTIC_HEAD = CfgNode()
+    kmax.SEMANTIC_HEAD.CHANNELS = 256
+    kmax.SEMANTIC_HEAD.LOW_LEVEL_CHANNELS = [64, 32]  # of stage3 and stage2
+
+    kmax.LOSS = CfgNode()
+    kmax.LOSS.PQ_WEIGHT = 3.0
+    kmax.LOSS.MASK_ID_WEIGHT = 0.3
+    kmax.LOSS.INSTANCE_WEIGHT = 1.0
+    kmax.LOSS.SEMANTIC_WEIGHT = 1.0  # 0 leaves the semantic head out
+    kmax.LOSS.NUM_SAMPLES = 4096  # pixels for the instance and semantic terms
+    kmax.LOSS.INSTANCE_TEMPERATURE = 1.5
+    kmax.LOSS.SEMANTIC_TEMPERATURE = 2.0
+    kmax.LOSS.MIN_PQ_WEIGHT = 1e-5  # floor of the detached weights of the PQ-style terms
+
+    test = kmax.TEST = CfgNode()
+    test.PAD_TO_CROP = True  # pad test images to INPUT.CROP_SIZE, as officially; else to the next 32k + 1
+    test.MERGE_AT_CROP = True  # merge on the padded crop, as officially; else at the original size, without area limits
+    test.PIXEL_THRESHOLD = 0.4
+    test.THING_THRESHOLD = 0.7
+    test.STUFF_THRESHOLD = 0.5
+    test.OVERLAP_THRESHOLD = 0.8
+    test.CLASS_POWER = 1.0
+    test.MASK_POWER = 1.0
+    test.THING_AREA_LIMIT = 400
+    test.STUFF_AREA_LIMIT = 6400
+    test.PANOPTIC_ON = True
+    test.SEMANTIC_ON = True
+    test.INSTANCE_ON = True
+    test.MAX_INSTANCES = 100  # instances kept for each image

@@ -1,0 +1,76 @@
+"""ResNet as kMaX-DeepLab trains it: no max pool, a strided first block in every stage, raw outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone import Backbone
+from torch import nn
+
+from ..bottleneck import Bottleneck
+from ..layers import ConvBN
+
+
+@BACKBONE_REGISTRY.register()
+class KMaXResNet(Backbone):
+    """Pixel encoder. Its maps are the residual sums before the activation: stage1 (stem, OS 2), stage2..5 (OS 4..32).
+
+    Args:
+        blocks: bottlenecks in stages 2 to 5; (3, 4, 6, 3) is ResNet-50.
+        widths: base width of each of these stages; its output has four times as many channels.
+        stem_width: channels of the 7×7 stem.
+        out_features: names of the maps to return.
+        norm: name of the batch norm.
+    """
+
+    act_layer = nn.ReLU
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        blocks: Sequence[int] = (3, 4, 6, 3),
+        widths: Sequence[int] = (64, 128, 256, 512),
+        stem_width: int = 64,
+        out_features: Sequence[str] = ("stage2", "stage3", "stage4", "stage5"),
+        norm: str = "SyncBN",
+    ):
+        super().__init__()
+        self.stem = ConvBN(3, stem_width, 7, norm=norm, stride=2)
+        self._out_features = list(out_features)
+        self._out_feature_channels = {"stage1": stem_width}
+        self._out_feature_strides = {"stage1": 2}
+        channels = stem_width
+        for index, (depth, width) in enumerate(zip(blocks, widths, strict=True)):
+            stage = nn.Sequential()
+            for block in range(depth):
+                stride = 2 if block == 0 else 1
+                stage.append(Bottleneck(channels, width, norm=norm, stride=stride, act_layer=self.act_layer))
+                channels = width * Bottleneck.expansion
+            name = f"stage{index + 2}"
+            self.add_module(name, stage)
+            self._out_feature_channels[name] = channels
+            self._out_feature_strides[name] = 2 ** (index + 2)
+
+    @classmethod
+    def from_config(cls, cfg, input_shape: ShapeSpec) -> dict:
+        resnet = cfg.MODEL.KMAX.RESNET
+        return {
+            "blocks": resnet.BLOCKS,
+            "widths": resnet.WIDTHS,
+            "stem_width": resnet.STEM_WIDTH,
+            "out_features": resnet.OUT_FEATURES,
+            "norm": cfg.MODEL.KMAX.NORM,
+        }
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(B, 3, H, W), scaled to ±1, to the named maps (B, C, H / stride, W / stride)."""
+        x = self.stem(x)
+        maps = {"stage1": x}
+        for name in ("stage2", "stage3", "stage4", "stage5"):
+            x = maps[name] = getattr(self, name)(x)
+        return {name: maps[name] for name in self._out_features}

@@ -1,0 +1,210 @@
+"""The kMaX decoders: cluster centers refined by k-means cross-attention, self-attention and a feed-forward net."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
+from detectron2.utils.registry import Registry
+from timm.layers import DropPath
+from torch import nn
+
+from .kmeans import KMeansCrossAttention
+from .layers import ConvBN, LinearBN, batch_norm, norm_vectors, truncated_normal_
+from .predictor import Prediction, Predictor
+
+TRANSFORMER_DECODER_REGISTRY = Registry("TRANSFORMER_DECODER")
+TRANSFORMER_DECODER_REGISTRY.__doc__ = """
+Transformer decoders, named by `MODEL.KMAX.TRANSFORMER_DECODER.NAME`. One is called with `(cfg, input_shape)`, the list
+of the pixel decoder's ShapeSpecs. Its forward pass takes the list of maps and whether auxiliary predictions are wanted
+with their classes, and gives the final Prediction and the list of auxiliary ones.
+"""
+
+
+class CenterSelfAttention(nn.Module):
+    """Self-attention among the centers, with batch norms where others scale by 1/√d.
+
+    Args:
+        channels: channels of the centers.
+        key_channels, value_channels: channels of keys and values over all heads.
+        num_heads: number of heads.
+        norm: name of the batch norm.
+    """
+
+    def __init__(self, channels: int, *, key_channels: int, value_channels: int, num_heads: int, norm: str):
+        super().__init__()
+        self.num_heads = num_heads
+        self.split = (key_channels, key_channels, value_channels)
+        self.qkv = LinearBN(channels, sum(self.split), norm=norm, init_std=channels**-0.5)
+        self.norm_logits = batch_norm(norm, num_heads)
+        self.norm_values = batch_norm(norm, value_channels)
+        self.act = nn.GELU()
+        self.projection = LinearBN(value_channels, channels, norm=norm, init_gain=0.0)
+
+    def forward(self, centers: torch.Tensor) -> torch.Tensor:
+        """(B, N, C) to an update of the same shape."""
+        q, k, v = (
+            t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in self.qkv(centers).split(self.split, dim=2)
+        )
+        attention = self.norm_logits(q @ k.transpose(-1, -2)).softmax(dim=-1)
+        retrieved = (attention @ v).transpose(1, 2).flatten(2)
+        return self.projection(self.act(norm_vectors(self.norm_values, retrieved)))
+
+
+class FeedForward(nn.Sequential):
+    """Two linear maps with batch norm, GELU between them. (B, N, C) to an update of the same shape."""
+
+    def __init__(self, channels: int, hidden_channels: int, *, norm: str):
+        super().__init__()
+        self.expand = LinearBN(channels, hidden_channels, norm=norm, act_layer=nn.GELU)
+        self.project = LinearBN(hidden_channels, channels, norm=norm, init_gain=0.0)
+
+
+class KMaXDecoderLayer(nn.Module):
+    """One kMaX decoder (Fig. 2): predict, update the centers by k-means, let them attend to each other, feed forward.
+
+    Args:
+        pixel_channels: channels of the pixel decoder's map that it reads.
+        channels: channels of the centers.
+        num_classes: K, without void.
+        ffn_channels: hidden channels of the feed-forward net.
+        key_channels, num_heads: of the self-attention.
+        feature_channels: channels of the predictor's pixel features.
+        drop_path: probability of dropping each of the three updates, for each sample.
+        norm: name of the batch norm.
+    """
+
+    def __init__(
+        self,
+        pixel_channels: int,
+        channels: int,
+        num_classes: int,
+        *,
+        ffn_channels: int,
+        key_channels: int,
+        num_heads: int,
+        feature_channels: int,
+        drop_path: float,
+        norm: str,
+    ):
+        super().__init__()
+        self.act = nn.GELU()
+        self.pixel_projection = ConvBN(pixel_channels, channels, norm=norm, act_layer=nn.GELU)
+        self.center_projection = LinearBN(channels, channels, norm=norm, act_layer=nn.GELU)
+        self.pixel_value = ConvBN(channels, channels, norm=norm)
+        truncated_normal_(self.pixel_value.conv.weight, channels**-0.5)
+        self.predictor = Predictor(
+            channels, channels, num_classes, norm=norm, hidden_channels=channels, feature_channels=feature_channels
+        )
+        self.kmeans = KMeansCrossAttention(channels, channels, norm=norm)
+        self.attention = CenterSelfAttention(
+            channels, key_channels=key_channels, value_channels=channels, num_heads=num_heads, norm=norm
+        )
+        self.ffn = FeedForward(channels, ffn_channels, norm=norm)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(
+        self, centers: torch.Tensor, pixels: torch.Tensor, with_classes: bool
+    ) -> tuple[torch.Tensor, Prediction]:
+        """Centers (B, N, C) and a raw map (B, pixel_channels, H, W) to new centers and this decoder's prediction."""
+        pixels = self.pixel_projection(self.act(pixels))
+        query = self.center_projection(centers)
+        prediction = self.predictor(pixels, query, query, with_classes)
+        centers = centers + self.drop_path(self.kmeans(prediction.mask_logits, self.pixel_value(pixels)))
+        centers = self.act(centers + self.drop_path(self.attention(query)))
+        centers = self.act(centers + self.drop_path(self.ffn(centers)))
+        return centers, prediction
+
+
+@TRANSFORMER_DECODER_REGISTRY.register()
+class KMaXTransformerDecoder(nn.Module):
+    """All kMaX decoders, from the coarsest map on, and the final predictor on the finest map.
+
+    Args:
+        input_shape: shapes of the pixel decoder's maps, coarse to fine.
+        num_queries: N, the number of cluster centers.
+        num_classes: K, without void.
+        decoders: number of decoders on each of the first maps.
+        channels, ffn_channels, key_channels, num_heads, feature_channels, drop_path, norm: see
+            :class:`KMaXDecoderLayer`.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        input_shape: Sequence[ShapeSpec],
+        *,
+        num_queries: int,
+        num_classes: int,
+        decoders: Sequence[int] = (2, 2, 2),
+        channels: int = 256,
+        ffn_channels: int = 2048,
+        key_channels: int = 128,
+        num_heads: int = 8,
+        feature_channels: int = 128,
+        drop_path: float = 0.2,
+        norm: str = "SyncBN",
+    ):
+        super().__init__()
+        if len(decoders) > len(input_shape):
+            raise ValueError(f"{len(decoders)} maps are to have decoders, but the pixel decoder gives {len(input_shape)}")
+        self.centers = nn.Parameter(truncated_normal_(torch.empty(num_queries, channels), 1.0))
+        self.map_of_layer = [index for index, count in enumerate(decoders) for _ in range(count)]
+        self.layers = nn.ModuleList(
+            KMaXDecoderLayer(
+                input_shape[index].channels,
+                channels,
+                num_classes,
+                ffn_channels=ffn_channels,
+                key_channels=key_channels,
+                num_heads=num_heads,
+                feature_channels=feature_channels,
+                drop_path=drop_path,
+                norm=norm,
+            )
+            for index in self.map_of_layer
+        )
+        self.class_projection = LinearBN(channels, channels, norm=norm, act_layer=nn.GELU)
+        self.mask_projection = LinearBN(channels, channels, norm=norm, act_layer=nn.GELU)
+        self.predictor = Predictor(
+            input_shape[-1].channels,
+            channels,
+            num_classes,
+            norm=norm,
+            hidden_channels=channels,
+            feature_channels=feature_channels,
+        )
+
+    @classmethod
+    def from_config(cls, cfg, input_shape: Sequence[ShapeSpec]) -> dict:
+        options = cfg.MODEL.KMAX.TRANSFORMER_DECODER
+        return {
+            "input_shape": input_shape,
+            "num_queries": options.NUM_QUERIES,
+            "num_classes": cfg.MODEL.KMAX.NUM_CLASSES,
+            "decoders": options.DECODERS,
+            "channels": options.CHANNELS,
+            "ffn_channels": options.FFN_CHANNELS,
+            "key_channels": options.KEY_CHANNELS,
+            "num_heads": options.NUM_HEADS,
+            "feature_channels": options.FEATURE_CHANNELS,
+            "drop_path": options.DROP_PATH,
+            "norm": cfg.MODEL.KMAX.NORM,
+        }
+
+    def forward(self, maps: Sequence[torch.Tensor], auxiliary_classes: bool) -> tuple[Prediction, list[Prediction]]:
+        """Raw maps, coarse to fine, to the final prediction and that of each decoder.
+
+        Args:
+            maps: the pixel decoder's maps (B, C, H, W).
+            auxiliary_classes: whether the auxiliary predictions need their class logits.
+        """
+        centers = self.centers.expand(maps[0].shape[0], -1, -1)
+        auxiliary = []
+        for layer, index in zip(self.layers, self.map_of_layer, strict=True):
+            centers, prediction = layer(centers, maps[index], auxiliary_classes)
+            auxiliary.append(prediction)
+        final = self.predictor(maps[-1], self.class_projection(centers), self.mask_projection(centers))
+        return final, auxiliary

@@ -1,0 +1,278 @@
+"""The meta-architecture: images in, losses in training, panoptic, semantic and instance segmentation at test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from torch import nn
+
+from .criterion import Criterion, make_targets
+from .kmax_decoder import TRANSFORMER_DECODER_REGISTRY
+from .merging import MaskWiseMerging
+from .pixel_decoder import PIXEL_DECODER_REGISTRY
+from .postprocess import instance_result, panoptic_result, semantic_result
+from .predictor import Prediction
+from .semantic_head import SemanticHead
+
+STRIDE = 32  # the coarsest map's; sides are padded to 32k + 1
+
+
+def padded_side(side: int) -> int:
+    """The next 32k + 1 at or above `side`, in pixels."""
+    return -(-(side - 1) // STRIDE) * STRIDE + 1
+
+
+@META_ARCH_REGISTRY.register()
+class KMaXDeepLab(nn.Module):
+    """kMaX-DeepLab (https://arxiv.org/abs/2207.04044).
+
+    Args:
+        backbone: images to maps by name.
+        pixel_decoder: these to a list of maps, coarse to fine.
+        transformer_decoder: the list to the final and the auxiliary predictions.
+        semantic_head: the backbone's maps to semantic logits, in training only; None for none.
+        criterion: predictions and targets to losses.
+        merging: a prediction to a panoptic segmentation.
+        num_classes: K, without void.
+        pixel_mean, pixel_std: scaling of the channels.
+        input_format: "RGB" or "BGR", the order of the channels in the images that the dicts hold.
+        test_size: (height, width) that test images are padded to; None pads to the next 32k + 1.
+        merge_at_crop: merge on the padded image and resize ids; else resize logits to the original size and merge there.
+        outputs: which of "panoptic", "semantic" and "instance" to give.
+        max_instances: instances kept for each image.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        pixel_decoder: nn.Module,
+        transformer_decoder: nn.Module,
+        semantic_head: nn.Module | None,
+        criterion: Criterion,
+        merging: MaskWiseMerging,
+        num_classes: int,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        input_format: str = "RGB",
+        test_size: tuple[int, int] | None = None,
+        merge_at_crop: bool = True,
+        outputs: Sequence[str] = ("panoptic", "semantic", "instance"),
+        max_instances: int = 100,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.pixel_decoder = pixel_decoder
+        self.transformer_decoder = transformer_decoder
+        self.semantic_head = semantic_head
+        self.criterion = criterion
+        self.merging = merging
+        self.num_classes = num_classes
+        self.input_format = input_format
+        self.test_size = test_size
+        self.merge_at_crop = merge_at_crop
+        self.outputs = tuple(outputs)
+        self.max_instances = max_instances
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        kmax, loss, test = cfg.MODEL.KMAX, cfg.MODEL.KMAX.LOSS, cfg.MODEL.KMAX.TEST
+        backbone = build_backbone(cfg)
+        shape = backbone.output_shape()
+        pixel_decoder = PIXEL_DECODER_REGISTRY.get(kmax.PIXEL_DECODER.NAME)(cfg, shape)
+        decoder = TRANSFORMER_DECODER_REGISTRY.get(kmax.TRANSFORMER_DECODER.NAME)(cfg, pixel_decoder.output_shape())
+        semantic_head = None
+        if loss.SEMANTIC_WEIGHT > 0:
+            semantic_head = SemanticHead(
+                shape,
+                kmax.NUM_CLASSES,
+                norm=kmax.NORM,
+                act_layer=getattr(backbone, "act_layer", nn.ReLU),
+                channels=kmax.SEMANTIC_HEAD.CHANNELS,
+                low_level_channels=tuple(kmax.SEMANTIC_HEAD.LOW_LEVEL_CHANNELS),
+            )
+        things = thing_classes(cfg)
+        merging = MaskWiseMerging(
+            [index in things for index in range(kmax.NUM_CLASSES)],
+            pixel_threshold=test.PIXEL_THRESHOLD,
+            thing_threshold=test.THING_THRESHOLD,
+            stuff_threshold=test.STUFF_THRESHOLD,
+            overlap_threshold=test.OVERLAP_THRESHOLD,
+            class_power=test.CLASS_POWER,
+            mask_power=test.MASK_POWER,
+            thing_area_limit=test.THING_AREA_LIMIT if test.MERGE_AT_CROP else 0,
+            stuff_area_limit=test.STUFF_AREA_LIMIT if test.MERGE_AT_CROP else 0,
+        )
+        criterion = Criterion(
+            pq_weight=loss.PQ_WEIGHT,
+            mask_id_weight=loss.MASK_ID_WEIGHT,
+            instance_weight=loss.INSTANCE_WEIGHT,
+            semantic_weight=loss.SEMANTIC_WEIGHT,
+            num_samples=loss.NUM_SAMPLES,
+            instance_temperature=loss.INSTANCE_TEMPERATURE,
+            semantic_temperature=loss.SEMANTIC_TEMPERATURE,
+            min_pq_weight=loss.MIN_PQ_WEIGHT,
+        )
+        wanted = {"panoptic": test.PANOPTIC_ON, "semantic": test.SEMANTIC_ON, "instance": test.INSTANCE_ON}
+        return {
+            "backbone": backbone,
+            "pixel_decoder": pixel_decoder,
+            "transformer_decoder": decoder,
+            "semantic_head": semantic_head,
+            "criterion": criterion,
+            "merging": merging,
+            "num_classes": kmax.NUM_CLASSES,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "input_format": cfg.INPUT.FORMAT,
+            "test_size": tuple(cfg.INPUT.CROP_SIZE) if test.PAD_TO_CROP else None,
+            "merge_at_crop": test.MERGE_AT_CROP,
+            "outputs": [name for name, on in wanted.items() if on],
+            "max_instances": test.MAX_INSTANCES,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
+        """Detectron2's interface.
+
+        Args:
+            batched_inputs: for each image a dict with "image" (3, H, W), 0 to 255 in the configured channel order; in
+                training "segment_ids" (H, W), the index of each pixel's mask or -1 for void, and "segment_classes"
+                (S,), the contiguous class of each mask; at test optionally "height" and "width" of the result.
+
+        Returns:
+            In training the losses by name. At test for each image a dict with "panoptic_seg", a map (H, W) of segment
+            ids and the list of segments; "sem_seg" (K, H, W), one-hot; "instances", with masks, scores and classes.
+        """
+        images = [self._channels_in_order(x["image"].to(self.device, non_blocking=True)) for x in batched_inputs]
+        if self.training:
+            return self._losses(images, batched_inputs)
+        results: list[dict | None] = [None] * len(images)
+        # Images of one padded size go through the network together: padding never depends on a neighbour.
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, image in enumerate(images):
+            groups.setdefault(self._test_size_of(image), []).append(index)
+        for size, members in groups.items():
+            prediction, _ = self._predict(self._batch([images[i] for i in members], size))
+            for row, index in enumerate(members):
+                results[index] = self._segment(prediction, row, images[index], batched_inputs[index], size)
+        return results
+
+    @torch.no_grad()
+    def predict(self, images: torch.Tensor, auxiliary: bool = False) -> dict[str, torch.Tensor]:
+        """The raw network, in inference mode whatever mode the model is in.
+
+        Args:
+            images: (B, 3, H, W), RGB, 0 to 255, integers or floats, of any size.
+            auxiliary: give the decoders' own predictions too.
+
+        Returns:
+            "class_logits" (B, N, K + 1), contiguous classes and void last; "mask_logits" (B, N, h, w) with h and w at
+            the stride of the finest map (4), position (i, j) standing for pixel (4 i, 4 j); "pixel_feature"
+            (B, C, h, w). With `auxiliary` also "auxiliary", a list with the same of each decoder at its own stride.
+        """
+        training = self.training
+        self.eval()
+        try:
+            height, width = images.shape[-2:]
+            size = (padded_side(height), padded_side(width))
+            final, others = self._predict(self._batch(list(images.to(self.device)), size), auxiliary)
+        finally:
+            self.train(training)
+
+        def cropped(prediction: Prediction) -> dict[str, torch.Tensor]:
+            stride = (size[1] - 1) // (prediction.mask_logits.shape[-1] - 1)
+            h, w = (height - 1) // stride + 1, (width - 1) // stride + 1
+            return {
+                "class_logits": prediction.class_logits,
+                "mask_logits": prediction.mask_logits[..., :h, :w],
+                "pixel_feature": prediction.pixel_feature[..., :h, :w],
+            }
+
+        result = cropped(final)
+        if auxiliary:
+            result["auxiliary"] = [cropped(prediction) for prediction in others]
+        return result
+
+    def _channels_in_order(self, image: torch.Tensor) -> torch.Tensor:
+        return image.flip(0) if self.input_format == "BGR" else image
+
+    def _test_size_of(self, image: torch.Tensor) -> tuple[int, int]:
+        height, width = image.shape[-2:]
+        if self.test_size is not None and height <= self.test_size[0] and width <= self.test_size[1]:
+            height, width = self.test_size
+        return padded_side(height), padded_side(width)
+
+    def _batch(self, images: list[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
+        """Scales images and pads them with zeros at the bottom and right: (B, 3, *size)."""
+        batch = self.pixel_mean.new_zeros(len(images), 3, *size)
+        for row, image in zip(batch, images, strict=True):
+            row[:, : image.shape[1], : image.shape[2]] = (image - self.pixel_mean) / self.pixel_std
+        return batch
+
+    def _predict(self, batch: torch.Tensor, auxiliary_classes: bool = False) -> tuple[Prediction, list[Prediction]]:
+        return self.transformer_decoder(self.pixel_decoder(self.backbone(batch)), auxiliary_classes)
+
+    def _losses(self, images: list[torch.Tensor], batched_inputs: list[dict]) -> dict[str, torch.Tensor]:
+        size = (
+            padded_side(max(image.shape[1] for image in images)),
+            padded_side(max(image.shape[2] for image in images)),
+        )
+        features = self.backbone(self._batch(images, size))
+        final, auxiliary = self.transformer_decoder(self.pixel_decoder(features), True)
+        map_size = final.mask_logits.shape[-2:]
+        targets = make_targets(
+            [x["segment_ids"].to(self.device, non_blocking=True) for x in batched_inputs],
+            [x["segment_classes"].to(self.device, non_blocking=True) for x in batched_inputs],
+            map_size,
+            (size[0] - 1) // (map_size[0] - 1),
+        )
+        semantic_logits = self.semantic_head(features) if self.semantic_head is not None else None
+        return self.criterion(final, auxiliary, semantic_logits, targets)
+
+    def _segment(
+        self, prediction: Prediction, row: int, image: torch.Tensor, inputs: dict, padded: tuple[int, int]
+    ) -> dict:
+        """The results of one image at its original size."""
+        real = tuple(image.shape[-2:])
+        original = (inputs.get("height", real[0]), inputs.get("width", real[1]))
+        mask_logits = prediction.mask_logits[row]
+        if self.merge_at_crop:
+            merged = self.merging(prediction.class_logits[row], mask_logits, padded)
+        else:
+            if original != real:
+                mask_logits = F.interpolate(
+                    mask_logits[None].float(), padded, mode="bilinear", align_corners=True
+                )[..., : real[0], : real[1]][0]
+                padded = original
+            merged = self.merging(prediction.class_logits[row], mask_logits, padded, crop=original)
+            real = original
+        result = {}
+        if "panoptic" in self.outputs:
+            result["panoptic_seg"] = panoptic_result(merged, real, original)
+        if "semantic" in self.outputs:
+            result["sem_seg"] = semantic_result(merged, self.num_classes, real, original)
+        if "instance" in self.outputs:
+            is_thing = self.merging.is_thing
+            threshold = self.merging.pixel_threshold
+            result["instances"] = instance_result(merged, is_thing, threshold, self.max_instances, real, original)
+        return result
+
+
+def thing_classes(cfg) -> set[int]:
+    """Contiguous classes of the test (else training) dataset that are things."""
+    names = list(cfg.DATASETS.TEST) + list(cfg.DATASETS.TRAIN)
+    if not names:
+        return set()
+    return set(MetadataCatalog.get(names[0]).get("thing_dataset_id_to_contiguous_id", {}).values())

@@ -1,0 +1,132 @@
+"""Small layers that every part of the model shares."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from detectron2.layers import get_norm as d2_norm
+from timm.layers import trunc_normal_tf_
+from timm.layers.weight_init import variance_scaling_
+from torch import nn
+
+BN_EPS = 1e-3
+BN_MOMENTUM = 0.01  # in PyTorch's sense: the share of the new batch
+
+
+def he_normal_(weight: torch.Tensor) -> torch.Tensor:
+    """Fills a kernel from a normal of variance 2 / fan-in, truncated at two standard deviations."""
+    return variance_scaling_(weight, scale=2.0, mode="fan_in", distribution="truncated_normal")
+
+
+def truncated_normal_(weight: torch.Tensor, std: float) -> torch.Tensor:
+    """Fills a tensor from a normal of the given standard deviation, truncated at two of them."""
+    return trunc_normal_tf_(weight, std=std)
+
+
+def batch_norm(norm: str, channels: int, init_gain: float = 1.0) -> nn.Module:
+    """A batch norm over dimension 1 of a 4-D tensor, with the model's epsilon and momentum.
+
+    Args:
+        norm: a name that :func:`detectron2.layers.get_norm` knows, such as "BN", "SyncBN" or "naiveSyncBN".
+        channels: the number of channels.
+        init_gain: the initial gain; 0 makes a residual branch start as nothing.
+    """
+    layer = d2_norm(norm, channels)
+    layer.eps = BN_EPS
+    if hasattr(layer, "momentum"):
+        layer.momentum = BN_MOMENTUM
+    nn.init.constant_(layer.weight, init_gain)
+    return layer
+
+
+class ConvBN(nn.Module):
+    """Convolution without bias, batch norm, and an activation if one is given. (B, C, H, W) to (B, C', H', W')."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 1,
+        *,
+        norm: str,
+        stride: int = 1,
+        dilation: int = 1,
+        depthwise: bool = False,
+        act_layer: type[nn.Module] | None = None,
+        init_gain: float = 1.0,
+    ):
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=dilation * (kernel_size // 2),
+            dilation=dilation,
+            groups=in_channels if depthwise else 1,
+            bias=False,
+        )
+        self.norm = batch_norm(norm, out_channels, init_gain)
+        self.act = act_layer() if act_layer is not None else nn.Identity()
+        if depthwise:
+            # Glorot's fans of a depthwise kernel, counted as TensorFlow counts them.
+            area = kernel_size * kernel_size
+            bound = (6.0 / (area * in_channels + area)) ** 0.5
+            nn.init.uniform_(self.conv.weight, -bound, bound)
+        else:
+            he_normal_(self.conv.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+
+class LinearBN(nn.Module):
+    """Linear map without bias, batch norm over all vectors, and an activation if one is given. (B, N, C) to (B, N, C')."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        norm: str,
+        act_layer: type[nn.Module] | None = None,
+        init_gain: float = 1.0,
+        init_std: float | None = None,
+    ):
+        super().__init__()
+        self.linear = nn.Linear(in_channels, out_channels, bias=False)
+        self.norm = batch_norm(norm, out_channels, init_gain)
+        self.act = act_layer() if act_layer is not None else nn.Identity()
+        if init_std is None:
+            he_normal_(self.linear.weight)
+        else:
+            truncated_normal_(self.linear.weight, init_std)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(norm_vectors(self.norm, self.linear(x)))
+
+
+class DepthwiseSeparable(nn.Sequential):
+    """5×5 depthwise and 1×1 convolution, each with batch norm and GELU. (B, C, H, W) to (B, C', H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, norm: str):
+        super().__init__()
+        self.depthwise = ConvBN(in_channels, in_channels, 5, norm=norm, depthwise=True, act_layer=nn.GELU)
+        self.pointwise = ConvBN(in_channels, out_channels, norm=norm, act_layer=nn.GELU)
+
+
+def norm_vectors(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Applies a batch norm to vectors (B, N, C): 4-D is the one layout that every synchronised batch norm takes."""
+    return norm(x.flatten(0, 1)[:, :, None, None]).view_as(x)
+
+
+def resize(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Bilinear resize of (B, C, H, W) to (B, C, *size) with aligned corners, the model's only kind."""
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
+
+
+def l2_normalize(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """x / sqrt(max(Σx², 1e-12)) along `dim`."""
+    return x * torch.rsqrt(x.square().sum(dim, keepdim=True).clamp_min(1e-12))

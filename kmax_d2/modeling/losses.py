@@ -1,0 +1,165 @@
+"""The terms of the training loss (MaX-DeepLab, Sec. 3.3; kMaX-DeepLab, Sec. 4.1).
+
+Each function gives one value for each image, (B,), before its weight.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .matcher import VOID, Matching, Targets
+
+MATCHED_WEIGHT = 0.75
+UNMATCHED_WEIGHT = 0.25
+DICE_SMOOTH = 1.0
+TEMPERATURE = 0.3
+
+
+def _mean_of_nonzero(losses: torch.Tensor) -> torch.Tensor:
+    """(B, M) terms to their sum over the number that are not zero, (B,); zero where all are."""
+    return losses.sum(1) / (losses != 0).sum(1).clamp_min(1)
+
+
+def pq_class_loss(
+    class_logits: torch.Tensor, targets: Targets, matching: Matching, min_weight: float = 1e-5
+) -> torch.Tensor:
+    """PQ-style class term: cross-entropy of every query, a matched one weighted by its dice.
+
+    Args:
+        class_logits: (B, N, K + 1), void last.
+        targets, matching: ground truth and the matching of the final prediction.
+        min_weight: floor of the detached weights.
+    """
+    num_classes = class_logits.shape[2] - 1
+    at = (matching.image, matching.query)
+    target = torch.full(class_logits.shape[:2], num_classes, device=class_logits.device)
+    target[at] = targets.classes[matching.image, matching.segment]
+    weight = UNMATCHED_WEIGHT * matching.void_share.clamp_min(min_weight)
+    weight[at] = MATCHED_WEIGHT * matching.dice.clamp_min(min_weight)
+    losses = F.cross_entropy(class_logits.float().transpose(1, 2), target, reduction="none")
+    return _mean_of_nonzero(losses * weight)
+
+
+def pq_mask_loss(
+    mask_logits: torch.Tensor,
+    log_partition: torch.Tensor,
+    targets: Targets,
+    matching: Matching,
+    min_weight: float = 1e-5,
+) -> torch.Tensor:
+    """PQ-style mask term: one minus dice of each matched pair, weighted by its class probability.
+
+    Args:
+        mask_logits: (B, N, P).
+        log_partition: (B, P), log-sum-exp of the mask logits over the queries.
+        targets, matching: ground truth and the matching of the final prediction.
+        min_weight: floor of the detached weights.
+    """
+    segment_ids = targets.segment_ids[matching.image]
+    probability = (mask_logits[matching.image, matching.query] - log_partition[matching.image]).exp()
+    probability = probability * (segment_ids != VOID)
+    inside = segment_ids == matching.segment[:, None]
+    intersection = (probability * inside).sum(1)
+    dice = (2 * intersection + DICE_SMOOTH) / (inside.sum(1) + probability.sum(1) + DICE_SMOOTH)
+    losses = (1 - dice) * matching.class_probability.clamp_min(min_weight)
+    per_image = losses.new_zeros(mask_logits.shape[0]).index_add(0, matching.image, losses)
+    return per_image * MATCHED_WEIGHT / mask_logits.shape[1]
+
+
+def mask_id_loss(
+    mask_logits: torch.Tensor, log_partition: torch.Tensor, targets: Targets, matching: Matching
+) -> torch.Tensor:
+    """Mask-id cross-entropy: each pixel's softmax over queries against the query matched to its mask.
+
+    Arguments as for :func:`pq_mask_loss`.
+    """
+    query_of_segment = torch.full_like(targets.classes, VOID)
+    query_of_segment[matching.image, matching.segment] = matching.query
+    # Void pixels, and those of masks that found no query, have no target.
+    query = query_of_segment.gather(1, targets.segment_ids.clamp_min(0))
+    query = query.where(targets.segment_ids != VOID, VOID)
+    logit = mask_logits.gather(1, query.clamp_min(0)[:, None])[:, 0]
+    return _mean_of_nonzero((log_partition - logit) * (query != VOID))
+
+
+def _sums_by_segment(values: torch.Tensor, segment_ids: torch.Tensor, targets: Targets) -> torch.Tensor:
+    """For each of k pixels the sum of `values` (B, k, C) over the pixels of its segment (B, k); void is one too."""
+    index = (segment_ids + 1)[..., None].expand_as(values)
+    sums = values.new_zeros(values.shape[0], targets.classes.shape[1] + 1, values.shape[2])
+    return sums.scatter_add(1, index, values).gather(1, index)
+
+
+def sample_pixels(targets: Targets, num_samples: int, temperature: float) -> torch.Tensor:
+    """Samples pixels without replacement, those of small masks more often, void pixels only last.
+
+    A Gumbel top-k on temperature · log(P / area of the pixel's mask).
+
+    Args:
+        targets: ground truth with P pixels an image.
+        num_samples: pixels to draw; at most P are.
+        temperature: 0 draws uniformly; the larger, the more small masks are preferred.
+
+    Returns:
+        (B, min(num_samples, P)) indices into P.
+    """
+    segment_ids = targets.segment_ids
+    pixels = segment_ids.shape[1]
+    area = _sums_by_segment(torch.ones_like(segment_ids, dtype=torch.float32)[..., None], segment_ids, targets)[..., 0]
+    gumbel = -torch.log(torch.empty_like(area).exponential_())
+    score = temperature * torch.log(pixels / area) + gumbel
+    score = score.masked_fill(segment_ids == VOID, -torch.inf)
+    return score.topk(min(num_samples, pixels), dim=1).indices
+
+
+class _RowLogSumExp(torch.autograd.Function):
+    """log Σ_j exp(f_i · f_j / T) for every i, without keeping the (k, k) similarities for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, features: torch.Tensor) -> torch.Tensor:
+        similarity = torch.bmm(features, features.transpose(1, 2)).div_(TEMPERATURE)
+        log_partition = similarity.logsumexp(2)
+        ctx.save_for_backward(features, log_partition)
+        return log_partition
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        features, log_partition = ctx.saved_tensors
+        similarity = torch.bmm(features, features.transpose(1, 2)).div_(TEMPERATURE)
+        weight = similarity.sub_(log_partition[..., None]).exp_().mul_(grad[..., None])
+        # Every feature stands in its own row and in everybody's column.
+        return (torch.bmm(weight, features) + torch.bmm(weight.transpose(1, 2), features)) / TEMPERATURE
+
+
+def instance_discrimination_loss(pixel_feature: torch.Tensor, pixels: torch.Tensor, targets: Targets) -> torch.Tensor:
+    """Pixel-wise instance discrimination: pixels of one mask shall be alike, those of others not.
+
+    The cross-entropy of row i against equal targets on the pixels of i's mask is log Σ_j exp(f_i·f_j/T) - f_i·c/T,
+    c being the mean feature of that mask. A void pixel has no row, but is a column.
+
+    Args:
+        pixel_feature: (B, C, P).
+        pixels: (B, k) the sampled pixels.
+        targets: ground truth.
+    """
+    index = pixels[:, None].expand(-1, pixel_feature.shape[1], -1)
+    features = pixel_feature.gather(2, index).transpose(1, 2).float()
+    segment_ids = targets.segment_ids.gather(1, pixels)
+    counts = _sums_by_segment(torch.ones_like(features[..., :1]), segment_ids, targets)
+    centroids = _sums_by_segment(features, segment_ids, targets) / counts
+    losses = _RowLogSumExp.apply(features) - (features * centroids).sum(2) / TEMPERATURE
+    return _mean_of_nonzero(losses * (segment_ids != VOID))
+
+
+def semantic_loss(logits: torch.Tensor, pixels: torch.Tensor, targets: Targets) -> torch.Tensor:
+    """Cross-entropy of the sampled pixels, void left out.
+
+    Args:
+        logits: (B, K + 1, P).
+        pixels: (B, k) the sampled pixels.
+        targets: ground truth.
+    """
+    segment_ids = targets.segment_ids.gather(1, pixels)
+    classes = targets.classes.gather(1, segment_ids.clamp_min(0)).where(segment_ids != VOID, VOID)
+    logits = logits.gather(2, pixels[:, None].expand(-1, logits.shape[1], -1))
+    return _mean_of_nonzero(F.cross_entropy(logits.float(), classes, reduction="none", ignore_index=VOID))

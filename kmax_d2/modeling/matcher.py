@@ -1,0 +1,87 @@
+"""Bipartite matching of ground-truth masks and queries by the product of dice and class probability (MaX-DeepLab)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from scipy.optimize import linear_sum_assignment
+
+VOID = -1
+EPS = 1e-5
+
+
+class Targets(NamedTuple):
+    """Ground truth of a batch, read at the mask logits' positions.
+
+    Attributes:
+        segment_ids: (B, P) int64, the mask that each pixel belongs to, -1 for void.
+        classes: (B, S) int64, S ≥ 1, the contiguous class of each mask; -1 pads images that have fewer.
+    """
+
+    segment_ids: torch.Tensor
+    classes: torch.Tensor
+
+
+class Matching(NamedTuple):
+    """T matched pairs over the whole batch, and how well each fits. No gradient passes.
+
+    Attributes:
+        image, segment, query: (T,) int64 indices.
+        dice: (T,) overlap of mask and query.
+        class_probability: (T,) the query's probability of the mask's class.
+        void_share: (B, N) share of each query's mass that lies on void pixels.
+    """
+
+    image: torch.Tensor
+    segment: torch.Tensor
+    query: torch.Tensor
+    dice: torch.Tensor
+    class_probability: torch.Tensor
+    void_share: torch.Tensor
+
+
+def one_hot_masks(targets: Targets) -> torch.Tensor:
+    """(B, P, S) float32 indicator of the masks; void pixels are zero everywhere."""
+    steps = torch.arange(targets.classes.shape[1], device=targets.segment_ids.device)
+    return (targets.segment_ids[..., None] == steps).float()
+
+
+@torch.no_grad()
+def match(class_logits: torch.Tensor, mask_logits: torch.Tensor, targets: Targets) -> Matching:
+    """Matches each mask to one query, as far as the queries go.
+
+    Args:
+        class_logits: (B, N, K + 1), void last.
+        mask_logits: (B, N, P).
+        targets: ground truth with S masks at most in an image.
+    """
+    probability = mask_logits.float().softmax(dim=1)
+    total = probability.sum(2)
+    valid = (targets.segment_ids != VOID).float()
+    on_valid = torch.bmm(probability, valid[..., None])[..., 0]
+    masks = one_hot_masks(targets)
+    intersection = torch.bmm(probability, masks)  # (B, N, S)
+    area = masks.sum(1)
+    dice = intersection / ((on_valid[:, :, None] + area[:, None, :]) / 2 + EPS)
+    class_probability = class_logits.float().softmax(dim=2)
+    class_probability = class_probability.gather(
+        2, targets.classes.clamp_min(0)[:, None, :].expand(-1, class_logits.shape[1], -1)
+    )
+    # One transfer for the batch; scipy wants the costs on the host.
+    similarity = (dice * class_probability).cpu().numpy()
+    counts = (targets.classes != VOID).sum(1).tolist()
+    pairs = []
+    for image, count in enumerate(counts):
+        queries, segments = linear_sum_assignment(similarity[image, :, :count], maximize=True)
+        pairs.extend((image, segment, query) for segment, query in zip(segments, queries, strict=True))
+    pairs = torch.as_tensor(pairs, dtype=torch.int64).reshape(-1, 3).to(mask_logits.device)
+    image, segment, query = pairs.unbind(1)
+    return Matching(
+        image,
+        segment,
+        query,
+        dice[image, query, segment],
+        class_probability[image, query, segment],
+        (total - on_valid) / (total + EPS),
+    )

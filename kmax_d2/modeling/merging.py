@@ -1,0 +1,206 @@
+"""Mask-wise merging (MaX-DeepLab; k-means Mask Transformer, Sec. 3.3) without a loop over queries on the device.
+
+A mask is where its probability is above a threshold of more than a third, so at most two masks meet at a pixel. The
+two best queries of each pixel therefore hold all that merging needs: areas and overlaps are counts over them, and
+whether a mask is pasted follows from an N × N table of overlaps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+ROWS_AT_ONCE = 32
+
+
+class TopTwo(NamedTuple):
+    """The two best queries of each pixel.
+
+    Attributes:
+        query: (2, H, W) int64 indices, best first.
+        probability: (2, H, W), softmax over all queries.
+    """
+
+    query: torch.Tensor
+    probability: torch.Tensor
+
+
+class Segmentation(NamedTuple):
+    """What merging gives for one image.
+
+    Attributes:
+        segment_ids: (H, W) int32, 0 is void.
+        segments: one dict for each segment: "id", "category_id" (contiguous), "isthing", "area" and "score".
+        query_class: (N,) best non-void class of each query.
+        query_score: (N,) confidence times mask score of each query.
+        top_two: the two best queries of each pixel.
+    """
+
+    segment_ids: torch.Tensor
+    segments: list[dict]
+    query_class: torch.Tensor
+    query_score: torch.Tensor
+    top_two: TopTwo
+
+
+def top_two_queries(mask_logits: torch.Tensor, size: tuple[int, int], crop: tuple[int, int] | None = None) -> TopTwo:
+    """Upsamples logits bilinearly (aligned corners) and keeps each pixel's two best queries.
+
+    Works on a few rows at a time: the (N, H, W) logits are never whole in memory.
+
+    Args:
+        mask_logits: (N, h, w) with N ≥ 2.
+        size: (H, W) to upsample to.
+        crop: keep the first rows and columns only; None keeps all.
+    """
+    height, width = size
+    rows, columns = crop or size
+    mask_logits = mask_logits.float()
+    last = mask_logits.shape[1] - 1
+    position = torch.arange(rows, device=mask_logits.device) * (last / max(height - 1, 1))
+    above = position.floor().long().clamp_max(last)
+    below = (above + 1).clamp_max(last)
+    fraction = (position - above)[None, :, None]
+    queries, probabilities = [], []
+    for start in range(0, rows, ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        strip = torch.lerp(mask_logits[:, above[part]], mask_logits[:, below[part]], fraction[:, part])
+        strip = F.interpolate(strip[None], (strip.shape[1], width), mode="bilinear", align_corners=True)[0]
+        strip = strip[..., :columns]
+        best, first = strip.max(0)
+        strip = (strip - best).exp_()
+        partition = strip.sum(0)
+        runner_up, second = strip.scatter_(0, first[None], -1.0).max(0)
+        queries.append(torch.stack([first, second]))
+        probabilities.append(torch.stack([1 / partition, runner_up / partition]))
+    return TopTwo(torch.cat(queries, 1), torch.cat(probabilities, 1))
+
+
+class MaskWiseMerging:
+    """Pastes masks one after the other, the most confident first.
+
+    Args:
+        is_thing: for each class whether it is a thing.
+        pixel_threshold: a mask is where its probability is above this; at least 1/3.
+        thing_threshold, stuff_threshold: least class confidence of a pasted mask.
+        overlap_threshold: share of its pixels that must still be free.
+        class_power, mask_power: order by confidence^class_power · mask score^mask_power.
+        thing_area_limit, stuff_area_limit: smaller segments become void, in pixels of the merged map.
+    """
+
+    def __init__(
+        self,
+        is_thing: Sequence[bool],
+        *,
+        pixel_threshold: float = 0.4,
+        thing_threshold: float = 0.7,
+        stuff_threshold: float = 0.5,
+        overlap_threshold: float = 0.8,
+        class_power: float = 1.0,
+        mask_power: float = 1.0,
+        thing_area_limit: int = 400,
+        stuff_area_limit: int = 6400,
+    ):
+        if pixel_threshold < 1 / 3:
+            raise ValueError(f"the pixel threshold must be at least 1/3, so that two masks meet at most: {pixel_threshold}")
+        self.is_thing = torch.tensor(list(is_thing), dtype=torch.bool)
+        self.pixel_threshold = pixel_threshold
+        self.thing_threshold = thing_threshold
+        self.stuff_threshold = stuff_threshold
+        self.overlap_threshold = overlap_threshold
+        self.class_power = class_power
+        self.mask_power = mask_power
+        self.thing_area_limit = thing_area_limit
+        self.stuff_area_limit = stuff_area_limit
+
+    def __call__(
+        self,
+        class_logits: torch.Tensor,
+        mask_logits: torch.Tensor,
+        size: tuple[int, int],
+        crop: tuple[int, int] | None = None,
+    ) -> Segmentation:
+        """Merges one image.
+
+        Args:
+            class_logits: (N, K + 1), void last.
+            mask_logits: (N, h, w).
+            size: (H, W) of the map to merge on.
+            crop: merge the first rows and columns of it only; None merges all.
+        """
+        num_queries = class_logits.shape[0]
+        confidence, query_class = class_logits.float().softmax(1)[:, :-1].max(1)
+        mask_score = self._mask_score(mask_logits)
+        order = torch.argsort(
+            confidence**self.class_power * mask_score**self.mask_power, descending=True, stable=True
+        )
+        top_two = top_two_queries(mask_logits, size, crop)
+        above = top_two.probability > self.pixel_threshold
+        first, second = top_two.query
+        # Masks meet only where the runner-up is above the threshold, and there the best is too.
+        area = torch.bincount(first[above[0]], minlength=num_queries)
+        pairs = torch.bincount((first * num_queries + second)[above[1]], minlength=num_queries**2)
+        overlap = pairs.view(num_queries, num_queries)
+        overlap = overlap + overlap.T
+        area = area + torch.bincount(second[above[1]], minlength=num_queries)
+
+        # The one transfer to the host: a few numbers for each query.
+        table = torch.cat([t.double().flatten() for t in (order, query_class, confidence, area, overlap)]).cpu()
+        segments, segment_of_query = self._paste(table, num_queries)
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(num_queries, device=order.device)
+        lookup = segment_of_query.to(order.device)
+
+        ids = lookup[top_two.query] * above
+        second_wins = (ids[1] > 0) & ((ids[0] == 0) | (rank[second] < rank[first]))
+        keep = torch.zeros(len(segments) + 1, dtype=torch.int32)
+        kept = []
+        for segment in segments:
+            limit = self.thing_area_limit if segment["isthing"] else self.stuff_area_limit
+            if segment["area"] >= limit:
+                kept.append(segment | {"id": len(kept) + 1})
+                keep[segment["id"]] = len(kept)
+        segment_ids = keep.to(order.device)[torch.where(second_wins, ids[1], ids[0])]
+        return Segmentation(segment_ids, kept, query_class, confidence * mask_score, top_two)
+
+    def _mask_score(self, mask_logits: torch.Tensor) -> torch.Tensor:
+        """(N,) mean probability where it is above the threshold, on the map as predicted; 0 if nowhere."""
+        probability = mask_logits.float().flatten(1).softmax(0)
+        probability = probability * (probability > self.pixel_threshold)
+        return probability.sum(1) / (probability > 0).sum(1).clamp_min(1)
+
+    def _paste(self, table: torch.Tensor, num_queries: int) -> tuple[list[dict], torch.Tensor]:
+        """Decides which masks are pasted; gives the segments and the (N,) segment of each query, 0 for none."""
+        order, query_class, confidence, area, overlap = table.split([num_queries] * 4 + [num_queries**2])
+        overlap = overlap.view(num_queries, num_queries)
+        is_thing = self.is_thing[query_class.long()]
+        threshold = torch.where(is_thing, self.thing_threshold, self.stuff_threshold)
+        candidates = (confidence >= threshold) & (area > 0)
+        segments: list[dict] = []
+        stuff: dict[int, dict] = {}
+        segment_of_query = torch.zeros(num_queries, dtype=torch.int64)
+        covered = torch.zeros(num_queries, dtype=torch.float64)
+        for query in order.long()[candidates[order.long()]].tolist():
+            free = area[query] - covered[query]
+            if free <= self.overlap_threshold * area[query]:
+                continue
+            covered += overlap[query]
+            category = int(query_class[query])
+            segment = stuff.get(category)
+            if segment is None:
+                segment = {
+                    "id": len(segments) + 1,
+                    "category_id": category,
+                    "isthing": bool(is_thing[query]),
+                    "area": 0,
+                    "score": float(confidence[query]),
+                }
+                segments.append(segment)
+                if not segment["isthing"]:
+                    stuff[category] = segment
+            segment["area"] += int(free)
+            segment_of_query[query] = segment["id"]
+        return segments, segment_of_query

@@ -1,0 +1,130 @@
+"""The enhanced pixel decoder: axial attention on the coarse maps, bottlenecks on the fine ones (Sec. 4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
+from detectron2.utils.registry import Registry
+from timm.layers import LayerNorm2d
+from torch import nn
+
+from .axial_attention import AxialBlock
+from .bottleneck import Bottleneck
+from .layers import ConvBN, resize
+
+PIXEL_DECODER_REGISTRY = Registry("PIXEL_DECODER")
+PIXEL_DECODER_REGISTRY.__doc__ = """
+Pixel decoders, named by `MODEL.KMAX.PIXEL_DECODER.NAME`. One is called with `(cfg, input_shape)`, the shapes of the
+backbone's maps by name, and has `output_shape()`: the ShapeSpecs of the list of maps, coarse to fine, that its forward
+pass makes of the backbone's dict.
+"""
+
+
+class Fusion(nn.Module):
+    """Adds a coarse map, resized, to a finer one, each first brought to `channels` if it has another width.
+
+    Args:
+        coarse_channels, fine_channels: channels of the two raw inputs.
+        channels: channels of the sum.
+        norm: name of the batch norm.
+    """
+
+    def __init__(self, coarse_channels: int, fine_channels: int, channels: int, *, norm: str):
+        super().__init__()
+        self.coarse = self._projection(coarse_channels, channels, norm)
+        self.fine = self._projection(fine_channels, channels, norm)
+
+    @staticmethod
+    def _projection(in_channels: int, channels: int, norm: str) -> nn.Module:
+        if in_channels == channels:
+            return nn.Identity()
+        return nn.Sequential(nn.GELU(), ConvBN(in_channels, channels, norm=norm))
+
+    def forward(self, coarse: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:
+        """(B, C1, h, w) and (B, C2, H, W) to (B, channels, H, W)."""
+        return resize(self.coarse(coarse), fine.shape[-2:]) + self.fine(fine)
+
+
+@PIXEL_DECODER_REGISTRY.register()
+class KMaXPixelDecoder(nn.Module):
+    """Stages from the coarsest encoder map to the finest; each stage's output is raw and has 4 × its width channels.
+
+    Args:
+        input_shape: shape of each encoder map by name.
+        in_features: the maps to use, coarse to fine, one for each stage.
+        widths: base width of each stage.
+        blocks: number of blocks in each stage.
+        kinds: "axial" or "bottleneck" for each stage.
+        dilation: dilation of the bottlenecks' 3×3 convolutions.
+        norm: name of the batch norm.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        input_shape: dict[str, ShapeSpec],
+        *,
+        in_features: Sequence[str] = ("stage5", "stage4", "stage3", "stage2"),
+        widths: Sequence[int] = (512, 256, 128, 64),
+        blocks: Sequence[int] = (1, 5, 1, 1),
+        kinds: Sequence[str] = ("axial", "axial", "bottleneck", "bottleneck"),
+        dilation: int = 2,
+        norm: str = "SyncBN",
+    ):
+        super().__init__()
+        missing = [name for name in in_features if name not in input_shape]
+        if missing:
+            raise ValueError(f"the pixel decoder wants {missing}, which the backbone does not give: {list(input_shape)}")
+        self.in_features = list(in_features)
+        in_channels = [input_shape[name].channels for name in in_features]
+        strides = [input_shape[name].stride for name in in_features]
+        self.input_norms = nn.ModuleList(LayerNorm2d(channels, eps=1e-6) for channels in in_channels)
+        self.stages = nn.ModuleList()
+        self.fusions = nn.ModuleList()
+        self._output_shape = []
+        channels = in_channels[0]
+        for index, (width, depth, kind) in enumerate(zip(widths, blocks, kinds, strict=True)):
+            if index > 0:
+                self.fusions.append(Fusion(channels, in_channels[index], width, norm=norm))
+                channels = width
+            stage = nn.Sequential()
+            for _ in range(depth):
+                if kind == "axial":
+                    stage.append(AxialBlock(channels, width, norm=norm))
+                elif kind == "bottleneck":
+                    stage.append(Bottleneck(channels, width, norm=norm, dilation=dilation))
+                else:
+                    raise ValueError(f"a pixel decoder stage is 'axial' or 'bottleneck', not {kind!r}")
+                channels = 4 * width
+            self.stages.append(stage)
+            self._output_shape.append(ShapeSpec(channels=channels, stride=strides[index]))
+
+    @classmethod
+    def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]) -> dict:
+        options = cfg.MODEL.KMAX.PIXEL_DECODER
+        return {
+            "input_shape": input_shape,
+            "in_features": options.IN_FEATURES,
+            "widths": options.WIDTHS,
+            "blocks": options.BLOCKS,
+            "kinds": options.KINDS,
+            "dilation": options.DILATION,
+            "norm": cfg.MODEL.KMAX.NORM,
+        }
+
+    def output_shape(self) -> list[ShapeSpec]:
+        """Channels and stride of each map that the forward pass gives, coarse to fine."""
+        return self._output_shape
+
+    def forward(self, features: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The encoder's maps by name to raw maps, coarse to fine, each (B, 4 · width, H, W)."""
+        inputs = [norm(features[name]) for norm, name in zip(self.input_norms, self.in_features, strict=True)]
+        x = self.stages[0](inputs[0])
+        maps = [x]
+        for fusion, stage, finer in zip(self.fusions, self.stages[1:], inputs[1:], strict=True):
+            x = stage(fusion(x, finer))
+            maps.append(x)
+        return maps

@@ -1,0 +1,81 @@
+"""The predictor: pixels and cluster centers in, a class for each center and a mask logit for each pair out."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .layers import DepthwiseSeparable, LinearBN, batch_norm, l2_normalize, truncated_normal_
+
+VOID_PRIOR = 0.9
+
+
+class Prediction(NamedTuple):
+    """What one predictor says.
+
+    Attributes:
+        class_logits: (B, N, K + 1), void last; None where nobody asked for classes.
+        mask_logits: (B, N, H, W), one logit for each cluster and pixel.
+        pixel_feature: (B, 128, H, W), of unit length at each pixel.
+    """
+
+    class_logits: torch.Tensor | None
+    mask_logits: torch.Tensor
+    pixel_feature: torch.Tensor
+
+
+class Predictor(nn.Module):
+    """Mask logits are dot products of pixel features and mask embeddings, normalised as one single channel.
+
+    Args:
+        pixel_channels: channels of the pixel map.
+        embed_channels: channels of the class and mask embeddings.
+        hidden_channels: channels inside the pixel head.
+        feature_channels: channels of the pixel features.
+        num_classes: K, without void.
+        norm: name of the batch norm.
+    """
+
+    def __init__(
+        self,
+        pixel_channels: int,
+        embed_channels: int,
+        num_classes: int,
+        *,
+        norm: str,
+        hidden_channels: int = 256,
+        feature_channels: int = 128,
+    ):
+        super().__init__()
+        self.pixel_head = DepthwiseSeparable(pixel_channels, hidden_channels, norm=norm)
+        self.pixel_projection = nn.Conv2d(hidden_channels, feature_channels, 1)
+        self.pixel_norm = batch_norm(norm, feature_channels)
+        self.mask_embedding = LinearBN(embed_channels, feature_channels, norm=norm)
+        self.mask_norm = batch_norm(norm, 1, init_gain=0.1)
+        self.class_head = nn.Linear(embed_channels, num_classes + 1)
+        for layer in (self.pixel_projection, self.class_head):
+            truncated_normal_(layer.weight, 0.01)
+            nn.init.zeros_(layer.bias)
+        # A constant that starts void at a probability of 0.9 against all classes together.
+        prior = torch.zeros(num_classes + 1)
+        prior[-1] = math.log(num_classes * VOID_PRIOR / (1 - VOID_PRIOR))
+        self.register_buffer("class_prior", prior, persistent=False)
+
+    def forward(
+        self,
+        pixels: torch.Tensor,
+        class_embedding: torch.Tensor,
+        mask_embedding: torch.Tensor,
+        with_classes: bool = True,
+    ) -> Prediction:
+        """Pixels (B, C, H, W) and two embeddings of the centers (B, N, D) to a :class:`Prediction`."""
+        feature = self.pixel_norm(self.pixel_projection(self.pixel_head(pixels)))
+        feature = l2_normalize(feature.float(), dim=1)
+        embedding = self.mask_embedding(mask_embedding)
+        mask_logits = embedding.to(feature.dtype) @ feature.flatten(2)
+        mask_logits = self.mask_norm(mask_logits[:, None])[:, 0].unflatten(2, feature.shape[-2:])
+        class_logits = self.class_head(class_embedding) + self.class_prior if with_classes else None
+        return Prediction(class_logits, mask_logits, feature)
