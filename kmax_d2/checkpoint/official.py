@@ -98,11 +98,11 @@ def _to_our_layout(kind: str, name: str, array: np.ndarray) -> np.ndarray:
     if not kind.endswith("kernel"):
         # A batch norm over several axes has its channels in as many.
         return array if kind == "embeddings" else array.reshape(-1)
-    # (in, out), behind the axes of the window; over vectors there is one such axis or none.
-    array = np.moveaxis(array, (-1, -2), (0, 1))
-    window = (1, 1) if name.endswith((".conv.weight", "_attention.qkv.weight")) and array.ndim < 4 else array.shape[2:]
-    window = () if name.endswith(".linear.weight") or array.ndim == 3 and window == (1,) else window
-    return array.reshape(*array.shape[:2], *window)
+    if array.ndim == 4:  # (height, width, in, out)
+        return array.transpose(3, 2, 0, 1)
+    array = array.reshape(array.shape[-2:]).T
+    is_convolution = name.endswith((".conv.weight", "_attention.qkv.weight"))
+    return array[:, :, None, None] if is_convolution else array
 
 
 def official_to_state_dict(variables: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
