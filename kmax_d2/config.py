@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 def add_kmax_config(cfg: CfgNode) -> None:
     """Adds the options of kMaX-DeepLab to a Detectron2 config, in place."""
     cfg.INPUT.FORMAT = "RGB"
-    cfg.INPUT.DATASET_MAPPER_NAME = "kmax_panoptic"  # mapper of the training images
+    cfg.INPUT.DATASET_MAPPER_NAME = "PanopticTrainMapper"  # mapper of the training images
     cfg.INPUT.CROP_SIZE = [1281, 1281]  # (height, width) of training crops and of padded test images
     cfg.INPUT.FIT_CROP = True  # resize images so that they just fit the crop before anything else
     cfg.INPUT.SCALE_RANGE = [0.3, 1.7]  # random scales of the resized image
@@ -16,17 +16,16 @@ def add_kmax_config(cfg: CfgNode) -> None:
     cfg.INPUT.COLOR_POLICY = True  # the color policy of the official training
     cfg.INPUT.COLOR_LEVEL = 1.0  # factor on the policy's levels; 0.2 on Cityscapes
 
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = False  # all crops have one size
+
     # Own data in COCO panoptic format: (image folder, PNG folder, JSON file), used instead of DATASETS.TRAIN and TEST.
     cfg.DATASETS.OWN_TRAIN = []
     cfg.DATASETS.OWN_TEST = []
 
-    # A weight of PyTorch's AdamW in the official setting.
-    cfg.SOLVER.OPTIMIZER = "AdamW"
     cfg.SOLVER.BASE_LR = 5e-4
     cfg.SOLVER.WEIGHT_DECAY = 0.05  # on kernels only
     cfg.SOLVER.ADAM_EPS = 1e-7
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1  # factor on the backbone's learning rate
-    cfg.SOLVER.LR_SCHEDULER_NAME = "WarmupPoly"
     cfg.SOLVER.POLY_POWER = 0.9
     cfg.SOLVER.WARMUP_ITERS = 5000
     cfg.SOLVER.AMP.PRECISION = "bfloat16"  # or "float16"; read where SOLVER.AMP.ENABLED

@@ -65,7 +65,10 @@ _RULES = [
     (r"\.moving_mean$", ".running_mean"),
     (r"\.moving_variance$", ".running_var"),
     # Maps of vectors are linear here; those of pixels stay convolutions.
-    (r"((center|class|mask)_projection|mask_embedding|\.qkv|kmeans\.projection|attention\.projection|ffn\.\w+)\.conv\.", r"\1.linear."),
+    (
+        r"((center|class|mask)_projection|mask_embedding|\.qkv|kmeans\.projection|attention\.projection|ffn\.\w+)\.conv\.",
+        r"\1.linear.",
+    ),
 ]
 
 # These count from 1 there and from 0 here.

@@ -149,7 +149,9 @@ class KMaXTransformerDecoder(nn.Module):
     ):
         super().__init__()
         if len(decoders) > len(input_shape):
-            raise ValueError(f"{len(decoders)} maps are to have decoders, but the pixel decoder gives {len(input_shape)}")
+            raise ValueError(
+                f"{len(decoders)} maps are to have decoders, but the pixel decoder gives {len(input_shape)}"
+            )
         self.centers = nn.Parameter(truncated_normal_(torch.empty(num_queries, channels), 1.0))
         self.map_of_layer = [index for index, count in enumerate(decoders) for _ in range(count)]
         self.layers = nn.ModuleList(

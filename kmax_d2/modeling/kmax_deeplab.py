@@ -252,9 +252,9 @@ class KMaXDeepLab(nn.Module):
             merged = self.merging(prediction.class_logits[row], mask_logits, padded)
         else:
             if original != real:
-                mask_logits = F.interpolate(
-                    mask_logits[None].float(), padded, mode="bilinear", align_corners=True
-                )[..., : real[0], : real[1]][0]
+                mask_logits = F.interpolate(mask_logits[None].float(), padded, mode="bilinear", align_corners=True)[
+                    ..., : real[0], : real[1]
+                ][0]
                 padded = original
             merged = self.merging(prediction.class_logits[row], mask_logits, padded, crop=original)
             real = original

@@ -105,7 +105,9 @@ class MaskWiseMerging:
         stuff_area_limit: int = 6400,
     ):
         if pixel_threshold < 1 / 3:
-            raise ValueError(f"the pixel threshold must be at least 1/3, so that two masks meet at most: {pixel_threshold}")
+            raise ValueError(
+                f"the pixel threshold must be at least 1/3, so that two masks meet at most: {pixel_threshold}"
+            )
         self.is_thing = torch.tensor(list(is_thing), dtype=torch.bool)
         self.pixel_threshold = pixel_threshold
         self.thing_threshold = thing_threshold
@@ -134,9 +136,7 @@ class MaskWiseMerging:
         num_queries = class_logits.shape[0]
         confidence, query_class = class_logits.float().softmax(1)[:, :-1].max(1)
         mask_score = self._mask_score(mask_logits)
-        order = torch.argsort(
-            confidence**self.class_power * mask_score**self.mask_power, descending=True, stable=True
-        )
+        order = torch.argsort(confidence**self.class_power * mask_score**self.mask_power, descending=True, stable=True)
         top_two = top_two_queries(mask_logits, size, crop)
         above = top_two.probability > self.pixel_threshold
         first, second = top_two.query

@@ -77,7 +77,9 @@ class KMaXPixelDecoder(nn.Module):
         super().__init__()
         missing = [name for name in in_features if name not in input_shape]
         if missing:
-            raise ValueError(f"the pixel decoder wants {missing}, which the backbone does not give: {list(input_shape)}")
+            raise ValueError(
+                f"the pixel decoder wants {missing}, which the backbone does not give: {list(input_shape)}"
+            )
         self.in_features = list(in_features)
         in_channels = [input_shape[name].channels for name in in_features]
         strides = [input_shape[name].stride for name in in_features]

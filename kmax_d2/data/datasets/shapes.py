@@ -358,32 +358,33 @@ def write_split(root: Path, split: str, num_images: int, seed: int) -> None:
     os.replace(unfinished, json_file)
 
 
-def prepare(root: Path | None = None) -> Path:
-    """Draw the splits once and return their folder, `<root>/shapes-v<VERSION>`.
-
-    Args:
-        root: the cache folder; by default $KMAX_D2_CACHE, else ~/.cache/kmax_d2.
-    """
+def folder(root: Path | None = None) -> Path:
+    """Where the dataset lies: `<root>/shapes-v<VERSION>`, the root being $KMAX_D2_CACHE or else ~/.cache/kmax_d2."""
     root = Path(root or os.environ.get("KMAX_D2_CACHE") or "~/.cache/kmax_d2").expanduser()
-    folder = root / f"shapes-v{VERSION}"
-    if _is_whole(folder):
-        return folder
+    return root / f"shapes-v{VERSION}"
+
+
+def prepare(root: Path | None = None) -> Path:
+    """Draw the splits once and return their folder, that of :func:`folder`."""
+    target = folder(root)
+    if _is_whole(target):
+        return target
     # Drawn under a name of its own and renamed once whole, so that processes side by side do not meet.
-    own = root / f".{folder.name}-{uuid.uuid4().hex}"
+    own = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
     try:
         for split, (num_images, seed) in SPLITS.items():
             write_split(own / "new", split, num_images, seed)
-        if not _is_whole(folder):
+        if not _is_whole(target):
             with contextlib.suppress(FileNotFoundError):
-                os.rename(folder, own / "broken")
-            os.rename(own / "new", folder)
+                os.rename(target, own / "broken")
+            os.rename(own / "new", target)
     except OSError:
         # Another process may have put its own there between the look and the rename: then that one is used.
-        if not _is_whole(folder):
+        if not _is_whole(target):
             raise
     finally:
         shutil.rmtree(own, ignore_errors=True)
-    return folder
+    return target
 
 
 def _is_whole(folder: Path) -> bool:

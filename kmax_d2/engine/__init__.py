@@ -1,0 +1,6 @@
+"""Configs, training and its parts."""
+
+from .setup import argument_parser, load_config, setup
+from .trainer import Trainer
+
+__all__ = ["Trainer", "argument_parser", "load_config", "setup"]

@@ -1,0 +1,71 @@
+"""Detectron2's trainer with this project's data, optimizer, checkpoints and evaluators."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.engine import DefaultTrainer
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.evaluation import DatasetEvaluators
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch import nn
+
+from ..checkpoint import KMaXCheckpointer
+from ..data import MAPPER_REGISTRY, PanopticTestMapper
+from ..evaluation import build_evaluator
+from .optimizer import build_lr_scheduler, build_optimizer
+from .train_loop import TrainLoop
+
+
+class Trainer(DefaultTrainer):
+    """Everything that :class:`~detectron2.engine.DefaultTrainer` offers can be overridden here too."""
+
+    def __init__(self, cfg: CfgNode):
+        # DefaultTrainer's own would put the model on a GPU's process group and take Detectron2's checkpointer.
+        TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
+        device_ids = [comm.get_local_rank()] if on_gpu else None
+        model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
+        precision = cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "float32"
+        self._trainer = TrainLoop(model, data_loader, optimizer, precision)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = KMaXCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
+        return build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        mapper = MAPPER_REGISTRY.get(cfg.INPUT.DATASET_MAPPER_NAME)(cfg)
+        return build_detection_train_loader(cfg, mapper=mapper)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        return build_detection_test_loader(cfg, dataset_name, mapper=PanopticTestMapper(cfg))
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+        return build_evaluator(cfg, dataset_name, folder)
