@@ -30,7 +30,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         overrides={name: {"weight_decay": 0.0} for name in _NO_DECAY},
     )
     optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-    return optimizer(groups, solver.BASE_LR, betas=(0.9, 0.999), eps=solver.ADAM_EPS)
+    return optimizer(groups, solver.BASE_LR, betas=(0.9, 0.999), eps=solver.ADAM_EPS, fused=True)
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:

@@ -78,12 +78,9 @@ class Criterion(nn.Module):
         """
         size = final.mask_logits.shape[-2:]
         matching = match(final.class_logits, final.mask_logits.flatten(2), targets)
-        losses = self._terms(final, targets, matching)
+        losses = self._terms(final, targets, matching, size)
         for index, prediction in enumerate(auxiliary):
-            resized = prediction._replace(
-                mask_logits=resize(prediction.mask_logits, size), pixel_feature=resize(prediction.pixel_feature, size)
-            )
-            terms = self._terms(resized, targets, matching)
+            terms = self._terms(prediction, targets, matching, size)
             losses.update({f"{name}_{index}": value for name, value in terms.items()})
         if semantic_logits is not None:
             pixels = sample_pixels(targets, self.num_samples, self.semantic_temperature)
@@ -93,15 +90,17 @@ class Criterion(nn.Module):
     def _weight(self, name: str) -> float:
         return self.weights[name.rstrip("_0123456789")]
 
-    def _terms(self, prediction: Prediction, targets: Targets, matching: Matching) -> dict[str, torch.Tensor]:
-        mask_logits = prediction.mask_logits.flatten(2).float()
+    def _terms(
+        self, prediction: Prediction, targets: Targets, matching: Matching, size: tuple[int, int]
+    ) -> dict[str, torch.Tensor]:
+        mask_logits = resize(prediction.mask_logits.float(), size).flatten(2)
         log_partition = mask_logits.logsumexp(1)
         pixels = sample_pixels(targets, self.num_samples, self.instance_temperature)
         return {
             "loss_pq_class": pq_class_loss(prediction.class_logits, targets, matching, self.min_pq_weight),
             "loss_pq_mask": pq_mask_loss(mask_logits, log_partition, targets, matching, self.min_pq_weight),
             "loss_mask_id": mask_id_loss(mask_logits, log_partition, targets, matching),
-            "loss_instance": instance_discrimination_loss(prediction.pixel_feature.flatten(2), pixels, targets),
+            "loss_instance": instance_discrimination_loss(prediction.pixel_feature, pixels, targets, size),
         }
 
 

@@ -42,7 +42,7 @@ class KMaXDeepLab(nn.Module):
         pixel_mean, pixel_std: scaling of the channels.
         input_format: "RGB" or "BGR", the order of the channels in the images that the dicts hold.
         test_size: (height, width) that test images are padded to; None pads to the next 32k + 1.
-        merge_at_crop: merge on the padded image and resize ids; else resize logits to the original size and merge there.
+        merge_at_crop: merge on the padded image and resize ids; else resize logits to the original size and merge.
         outputs: which of "panoptic", "semantic" and "instance" to give.
         max_instances: instances kept for each image.
     """
@@ -81,6 +81,8 @@ class KMaXDeepLab(nn.Module):
         self.max_instances = max_instances
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+        # Batch norms, depthwise convolutions and layer norms are fastest with channels last.
+        self.to(memory_format=torch.channels_last)
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -216,7 +218,7 @@ class KMaXDeepLab(nn.Module):
 
     def _batch(self, images: list[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
         """Scales images and pads them with zeros at the bottom and right: (B, 3, *size)."""
-        batch = self.pixel_mean.new_zeros(len(images), 3, *size)
+        batch = self.pixel_mean.new_zeros(len(images), 3, *size).to(memory_format=torch.channels_last)
         for row, image in zip(batch, images, strict=True):
             row[:, : image.shape[1], : image.shape[2]] = (image - self.pixel_mean) / self.pixel_std
         return batch

@@ -81,7 +81,7 @@ class ConvBN(nn.Module):
 
 
 class LinearBN(nn.Module):
-    """Linear map without bias, batch norm over all vectors, and an activation if one is given. (B, N, C) to (B, N, C')."""
+    """Linear map without bias, batch norm over all vectors, an activation if one is given. (B, N, C) to (B, N, C')."""
 
     def __init__(
         self,

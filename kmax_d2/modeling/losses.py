@@ -131,19 +131,37 @@ class _RowLogSumExp(torch.autograd.Function):
         return (torch.bmm(weight, features) + torch.bmm(weight.transpose(1, 2), features)) / TEMPERATURE
 
 
-def instance_discrimination_loss(pixel_feature: torch.Tensor, pixels: torch.Tensor, targets: Targets) -> torch.Tensor:
+def sample_features(pixel_feature: torch.Tensor, pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Features at some pixels of the resized map, without resizing it all (bilinear, aligned corners).
+
+    Args:
+        pixel_feature: (B, C, h, w).
+        pixels: (B, k) indices into the H · W pixels of a map of `size` (H, W).
+
+    Returns:
+        (B, k, C).
+    """
+    height, width = size
+    position = torch.stack([pixels % width / max(width - 1, 1), pixels // width / max(height - 1, 1)], dim=2)
+    grid = 2 * position[:, None].to(pixel_feature.dtype) - 1
+    return F.grid_sample(pixel_feature, grid, align_corners=True, padding_mode="border")[:, :, 0].transpose(1, 2)
+
+
+def instance_discrimination_loss(
+    pixel_feature: torch.Tensor, pixels: torch.Tensor, targets: Targets, size: tuple[int, int]
+) -> torch.Tensor:
     """Pixel-wise instance discrimination: pixels of one mask shall be alike, those of others not.
 
     The cross-entropy of row i against equal targets on the pixels of i's mask is log Σ_j exp(f_i·f_j/T) - f_i·c/T,
     c being the mean feature of that mask. A void pixel has no row, but is a column.
 
     Args:
-        pixel_feature: (B, C, P).
+        pixel_feature: (B, C, h, w), of any size.
         pixels: (B, k) the sampled pixels.
-        targets: ground truth.
+        targets: ground truth with P = H · W.
+        size: (H, W) of the targets' map.
     """
-    index = pixels[:, None].expand(-1, pixel_feature.shape[1], -1)
-    features = pixel_feature.gather(2, index).transpose(1, 2).float()
+    features = sample_features(pixel_feature.float(), pixels, size)
     segment_ids = targets.segment_ids.gather(1, pixels)
     counts = _sums_by_segment(torch.ones_like(features[..., :1]), segment_ids, targets)
     centroids = _sums_by_segment(features, segment_ids, targets) / counts
