@@ -21,32 +21,47 @@ LONG_SIDE = 4096  # pixels that a picture is not enlarged beyond
 
 
 class _SteadyVisualizer(Visualizer):
-    """Detectron2's visualizer with a shade for each instance of a class that is the same in every run."""
+    """Detectron2's visualizer, but instances have the same shades in every run, and labels can be read."""
 
     def __init__(self, image: np.ndarray, metadata):
         super().__init__(image, metadata)
         self._seen: Counter = Counter()
 
     def _jitter(self, color: Sequence[float]) -> tuple[float, float, float]:
-        """The color itself for the first instance, then lighter, darker and slightly turned ones in turn."""
+        """The color itself for the first instance, then darker, lighter and slightly turned ones in turn."""
         number = self._seen[tuple(color)]
         self._seen[tuple(color)] += 1
         hue, lightness, saturation = colorsys.rgb_to_hls(*color)
-        step = (number + 1) // 2 * (1 if number % 2 else -1)
+        step = (number + 1) // 2 * (-1 if number % 2 else 1)
         lightness = 0.25 + (lightness - 0.25 + 0.17 * step) % 0.55 if step else lightness
         return colorsys.hls_to_rgb((hue + 0.03 * step) % 1, lightness, saturation)
+
+    def _draw_text_in_mask(self, binary_mask: np.ndarray, text: str, color: Sequence[float]) -> None:
+        """Writes where the border of the mask (H, W) and that of the image are farthest, not at the median pixel."""
+        depth = cv2.distanceTransform(np.pad(binary_mask.astype(np.uint8), 1), cv2.DIST_L2, 3)
+        y, x = np.unravel_index(np.argmax(depth), depth.shape)
+        self.draw_text(text, (x, y), color=color)
+
+    def draw_text(self, text: str, position: Sequence[float], **options):
+        """Writes, and moves what would leave the image back into it."""
+        output = super().draw_text(text, position, **options)
+        label = output.ax.texts[-1]
+        box = label.get_window_extent(output.canvas.get_renderer()).padded(2)
+        x = position[0] - min(0, box.x0) + min(0, output.width - box.x1)
+        y = position[1] - min(0, output.height - box.y1) + min(0, box.y0)
+        label.set_position((x, y))
+        return output
 
 
 def _enlargement(height: int, width: int) -> int:
     """The whole factor that brings a small picture to a size at which labels can be read."""
-    wanted = -(-SHORT_SIDE // min(height, width))
-    return max(1, min(wanted, LONG_SIDE // max(height, width)))
+    return max(1, min(-(-SHORT_SIDE // min(height, width)), LONG_SIDE // max(height, width)))
 
 
 def enlarged(image: np.ndarray) -> np.ndarray:
     """An image (H, W, 3) in the size that :func:`draw_panoptic` gives it."""
-    factor = _enlargement(*image.shape[:2])
     height, width = image.shape[:2]
+    factor = _enlargement(height, width)
     return np.asarray(Image.fromarray(image).resize((width * factor, height * factor), Image.Resampling.BICUBIC))
 
 
@@ -78,7 +93,7 @@ def cluster_palette(num_clusters: int) -> np.ndarray:
     levels = np.arange(0, 256, 15, dtype=np.uint8)
     candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
     lab = cv2.cvtColor(candidates[None].astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[0]
-    vivid = (lab[:, 0] > 30) & (lab[:, 0] < 93) & (np.hypot(lab[:, 1], lab[:, 2]) > 25)
+    vivid = (lab[:, 0] > 45) & (lab[:, 0] < 93) & (np.hypot(lab[:, 1], lab[:, 2]) > 25)
     candidates, lab = candidates[vivid], lab[vivid]
     chosen = [int(np.argmax(np.hypot(lab[:, 1], lab[:, 2])))]
     distance = np.full(len(lab), np.inf)
@@ -124,19 +139,11 @@ def assignments(model: nn.Module, image: torch.Tensor) -> list[np.ndarray]:
 
 
 def page(panels: list[list[tuple[str, np.ndarray]]]) -> np.ndarray:
-    """A grid of titled pictures of one size on white.
-
-    Args:
-        panels: rows of (title, (H, W, 3) uint8, RGB).
-
-    Returns:
-        (H, W, 3) uint8, RGB.
-    """
+    """A grid of titled pictures, (H, W, 3) uint8, RGB, in rows, all brought to one size, on white; again RGB."""
     images = [image for row in panels for _, image in row]
     width, height = max(image.shape[1] for image in images), max(image.shape[0] for image in images)
-    text_size = max(14, round(0.045 * min(height, width)))
-    gap, line = text_size, round(1.7 * text_size)
-    columns = max(len(row) for row in panels)
+    gap = text_size = max(14, round(0.045 * min(height, width)))
+    line, columns = round(1.7 * text_size), max(len(row) for row in panels)
     sheet = Image.new("RGB", (columns * (width + gap) + gap, len(panels) * (height + line + gap) + gap), "white")
     draw, font = ImageDraw.Draw(sheet), _font(text_size)
     for row, y in zip(panels, range(gap, sheet.height, height + line + gap), strict=False):
@@ -157,11 +164,11 @@ def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
 
 @torch.no_grad()
 def result_page(model: nn.Module, record: dict, metadata) -> np.ndarray:
-    """Everything about one image: itself, the ground truth if there is one, the prediction, and each decoder's clusters.
+    """One image: itself, the ground truth if there is one, the prediction, and each decoder's clusters.
 
     Args:
         model: a :class:`~kmax_d2.modeling.kmax_deeplab.KMaXDeepLab`.
-        record: a dataset's record, or what the test mapper makes of it; an image file's name as "file_name" is enough.
+        record: a dataset's record, or the test mapper's; of the former, "file_name" is enough.
         metadata: the dataset's, with class names and colors.
 
     Returns:
@@ -199,4 +206,4 @@ def result_page(model: nn.Module, record: dict, metadata) -> np.ndarray:
 def _stride(size: Sequence[int], map_size: Sequence[int]) -> int:
     """The power of two between positions of a map (h, w) whose first one is at the first pixel of an image (H, W)."""
     pixels, positions = max(zip(size, map_size, strict=True))
-    return 1 << (((pixels - 1) // max(1, positions - 1)).bit_length() - 1)
+    return 1 << (max(1, (pixels - 1) // max(1, positions - 1)).bit_length() - 1)

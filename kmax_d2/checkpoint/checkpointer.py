@@ -28,11 +28,14 @@ class KMaXCheckpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, **checkpointables)
         self.complete = complete
 
+    def load(self, path: str, *args, **kwargs) -> dict:
+        if path and "://" not in path and not self.path_manager.isfile(path):
+            raise UserError(f"no checkpoint {path}")
+        return super().load(path, *args, **kwargs)
+
     def _load_file(self, filename: str) -> dict:
         try:
             return super()._load_file(filename)
-        except FileNotFoundError as error:
-            raise UserError(f"no checkpoint {filename}") from error
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
             raise UserError(f"{filename} is no readable checkpoint: {' '.join(str(error).split())}") from error
 

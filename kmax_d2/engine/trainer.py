@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import weakref
+from collections.abc import Iterator, Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -19,9 +21,26 @@ from torch import nn
 
 from ..checkpoint import KMaXCheckpointer
 from ..data import MAPPER_REGISTRY, PanopticTestMapper
+from ..errors import HideUserErrors, UserError
 from ..evaluation import build_evaluator
 from .optimizer import build_lr_scheduler, build_optimizer
 from .train_loop import TrainLoop
+
+
+@contextlib.contextmanager
+def _needs_files_of(dataset_names: Sequence[str]) -> Iterator[None]:
+    """Says in one line that a dataset is not on disk, where Detectron2's loaders meet a file that is not there."""
+    try:
+        yield
+    except (FileNotFoundError, AssertionError) as error:
+        root = os.environ.get("DETECTRON2_DATASETS", "datasets")
+        raise UserError(
+            f"the dataset {', '.join(dataset_names)} is not on disk ({error}); Detectron2's own datasets belong below "
+            f"DETECTRON2_DATASETS, now {root}"
+        ) from error
+
+
+logging.getLogger(TrainerBase.__module__).addFilter(HideUserErrors())
 
 
 class Trainer(DefaultTrainer):
@@ -59,11 +78,13 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
         mapper = MAPPER_REGISTRY.get(cfg.INPUT.DATASET_MAPPER_NAME)(cfg)
-        return build_detection_train_loader(cfg, mapper=mapper)
+        with _needs_files_of(cfg.DATASETS.TRAIN):
+            return build_detection_train_loader(cfg, mapper=mapper)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        return build_detection_test_loader(cfg, dataset_name, mapper=PanopticTestMapper(cfg))
+        with _needs_files_of([dataset_name]):
+            return build_detection_test_loader(cfg, dataset_name, mapper=PanopticTestMapper(cfg))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:

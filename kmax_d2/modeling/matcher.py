@@ -68,8 +68,8 @@ def match(class_logits: torch.Tensor, mask_logits: torch.Tensor, targets: Target
     class_probability = class_probability.gather(
         2, targets.classes.clamp_min(0)[:, None, :].expand(-1, class_logits.shape[1], -1)
     )
-    # One transfer for the batch; scipy wants the costs on the host.
-    similarity = (dice * class_probability).cpu().numpy()
+    # One transfer for the batch; scipy wants the costs on the host, and finite: a loss says better what is wrong.
+    similarity = (dice * class_probability).nan_to_num().cpu().numpy()
     counts = (targets.classes != VOID).sum(1).tolist()
     pairs = []
     for image, count in enumerate(counts):

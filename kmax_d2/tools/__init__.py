@@ -1,0 +1,1 @@
+"""Command-line tools: `python -m kmax_d2.tools.NAME`."""

@@ -1,0 +1,96 @@
+"""Reads the reference values in tests/data and builds the model and the predictions that they belong to."""
+
+import gzip
+import json
+from pathlib import Path
+
+import deterministic
+import numpy as np
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+
+from kmax_d2 import add_kmax_config
+from kmax_d2.checkpoint.official import official_to_state_dict
+from kmax_d2.modeling.criterion import make_targets
+from kmax_d2.modeling.predictor import Prediction
+
+DATA = Path(__file__).parent / "data"
+
+
+def load(name):
+    """The arrays of data/<name>.npz by name."""
+    with np.load(DATA / f"{name}.npz") as arrays:
+        return dict(arrays)
+
+
+def official_variables():
+    """Name and shape of every variable of the official COCO ResNet-50 checkpoint."""
+    with gzip.open(DATA / "variables_coco_r50.json.gz", "rt") as file:
+        return {name: tuple(shape) for name, shape in json.load(file).items()}
+
+
+def official_state_dict():
+    variables = official_variables()
+    return official_to_state_dict(
+        {name: deterministic.checkpoint_value(name, shape) for name, shape in variables.items()}
+    )
+
+
+def coco_model():
+    cfg = get_cfg()
+    add_kmax_config(cfg)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.KMAX.NUM_CLASSES = 133
+    cfg.MODEL.KMAX.NORM = "BN"
+    return build_model(cfg)
+
+
+def channels_first(array):
+    """(h, w, C) or (B, h, w, C) to a tensor with the channels before the map."""
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, -3)))
+
+
+def loss_inputs(tag):
+    """What the official losses in loss_<tag>.npz were computed from.
+
+    Returns:
+        the final prediction, the six auxiliary ones, semantic logits (B, K + 1, h, w), the targets and the arrays of
+        the file.
+    """
+    arrays = load(f"loss_{tag}")
+    segment_id, segment_class = arrays["segment_id"], arrays["segment_class"]
+    height, width = (int(side) for side in arrays["output_size"])
+    queries, classes = int(arrays["num_queries"]), int(arrays["num_classes"])
+    batch = len(segment_id)
+    stride = (segment_id.shape[1] - 1) // (height - 1)
+    small_id = segment_id[:, ::stride, ::stride]
+
+    def prediction(name):
+        def values(kind, shape, scale=1.0):
+            return deterministic.prediction(f"{tag}/{name}/{kind}", (batch, *shape), scale)
+
+        feature = values("pixel_feature", (height, width, 128))
+        feature = feature / np.linalg.norm(feature, axis=-1, keepdims=True)
+        mask = values("mask_logits", (-(-height // 4), -(-width // 4), queries), 3.0)
+        mask = mask.repeat(4, axis=1).repeat(4, axis=2)[:, :height, :width]
+        mask = mask + values("mask_noise", (height, width, queries), 0.5)
+        class_logits = values("class_logits", (queries, classes + 1), 1.5)
+        for image, row in enumerate(segment_class):
+            for segment, category in enumerate(row, start=1):
+                if category >= 0:
+                    query = 7 * segment % queries
+                    mask[image, :, :, query] += 6 * (small_id[image] == segment)
+                    class_logits[image, query, category] += 5
+        return Prediction(torch.from_numpy(class_logits), channels_first(mask), channels_first(feature))
+
+    semantic = deterministic.prediction(f"{tag}/semantic_logits", (batch, *arrays["semantic_size"], classes))
+    semantic = np.concatenate([semantic, np.full_like(semantic[..., :1], -1)], axis=-1)
+    targets = make_targets(
+        [torch.from_numpy(ids).long() - 1 for ids in segment_id],
+        [torch.from_numpy(row[row >= 0]).long() for row in segment_class],
+        (height, width),
+        stride,
+    )
+    auxiliary = [prediction(f"aux/{index}") for index in range(6)]
+    return prediction("final"), auxiliary, channels_first(semantic), targets, arrays

@@ -1,0 +1,138 @@
+"""Axial attention against loops over the positions, written from its definition."""
+
+import pytest
+import torch
+from torch import nn
+
+from kmax_d2.modeling.axial_attention import AxialAttention1D, AxialBlock
+
+HEADS = 8
+
+
+def randomise_norms(module):
+    """Gains, biases and running statistics that all matter."""
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias, std=0.3)
+            nn.init.normal_(norm.running_mean, std=0.3)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+    return module
+
+
+def plain_norm(norm, x, training):
+    """Batch norm of x (rows, channels), by the batch's own statistics in training."""
+    mean, variance = (x.mean(0), x.var(0, unbiased=False)) if training else (norm.running_mean, norm.running_var)
+    return (x - mean) / (variance + 1e-3).sqrt() * norm.weight + norm.bias
+
+
+def plain_attention(module, x, training):
+    """Attention along the height of x (B, C_in, H, W), position by position."""
+    batch, _, length, width = x.shape
+    weight = module.qkv.weight[:, :, 0, 0]
+    base = weight.shape[0] // 4
+    rows = x.permute(0, 3, 2, 1).reshape(-1, x.shape[1])  # image, column, position
+    qkv = plain_norm(module.norm_qkv, rows @ weight.T, training)
+    parts = qkv[:, :base], qkv[:, base : 2 * base], qkv[:, 2 * base :]
+    q, k, v = (t.reshape(batch * width, length, HEADS, -1) for t in parts)
+    distance = [[m - i + 254 for m in range(length)] for i in range(length)]
+    logits = torch.zeros(batch * width, length, length, 3, HEADS)
+    for i in range(length):
+        for m in range(length):
+            d = distance[i][m]
+            logits[:, i, m, 0] = (q[:, i] * k[:, m]).sum(-1)
+            logits[:, i, m, 1] = (q[:, i] * module.query_positions[d]).sum(-1)
+            logits[:, i, m, 2] = (k[:, m] * module.key_positions[d]).sum(-1)
+    logits = plain_norm(module.norm_logits, logits.reshape(-1, 3 * HEADS), training)
+    attention = logits.reshape(batch * width, length, length, 3, HEADS).sum(3).softmax(2)
+    retrieved = torch.zeros(batch * width, length, 2, HEADS, v.shape[-1])
+    for i in range(length):
+        for m in range(length):
+            share = attention[:, i, m, :, None]
+            retrieved[:, i, 0] += share * v[:, m]
+            retrieved[:, i, 1] += share * module.value_positions[distance[i][m]]
+    retrieved = plain_norm(module.norm_values, retrieved.reshape(batch * width * length, -1), training)
+    out = retrieved.reshape(batch, width, length, 2, -1).sum(3)
+    return out.permute(0, 3, 2, 1)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("axis", ["height", "width"])
+@torch.no_grad()
+def test_equals_loops_over_positions(axis, training):
+    module = randomise_norms(AxialAttention1D(12, 16, axis, norm="BN"))
+    x = torch.randn(2, 12, 5, 3)
+    if axis == "height":
+        expected = plain_attention(module, x, training)
+    else:
+        expected = plain_attention(module, x.transpose(2, 3), training).transpose(2, 3)
+    out = module.train(training)(x)
+    assert out.shape == (2, 32, 5, 3)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_width_is_height_of_the_transposed_map(training):
+    height = randomise_norms(AxialAttention1D(12, 16, "height", norm="BN")).train(training)
+    width = AxialAttention1D(12, 16, "width", norm="BN").train(training)
+    width.load_state_dict(height.state_dict())
+    x = torch.randn(2, 12, 6, 9)
+    torch.testing.assert_close(width(x), height(x.transpose(2, 3)).transpose(2, 3))
+
+
+@pytest.mark.parametrize("axis", ["height", "width"])
+@pytest.mark.parametrize("length", [1, 2, 254, 255])
+@torch.no_grad()
+def test_lengths_up_to_255(axis, length):
+    """The last positions that a table has are those that the two ends see of each other."""
+    module = randomise_norms(AxialAttention1D(8, 8, axis, norm="BN")).eval()
+    x = torch.randn(1, 8, length, 1) if axis == "height" else torch.randn(1, 8, 1, length)
+    before = module(x).flatten(2)
+    assert torch.isfinite(before).all()
+    module.value_positions[254 + length - 1] += 1000
+    changed = (module(x).flatten(2) - before).abs().amax((0, 1)) > 0
+    assert changed.nonzero().flatten().tolist() == [0]
+    before = module(x).flatten(2)
+    module.value_positions[254 - (length - 1)] += 1000
+    changed = (module(x).flatten(2) - before).abs().amax((0, 1)) > 0
+    assert changed.nonzero().flatten().tolist() == [length - 1]
+
+
+@pytest.mark.parametrize(("axis", "size"), [("height", (256, 1)), ("width", (1, 256))])
+def test_longer_is_refused(axis, size):
+    module = AxialAttention1D(8, 8, axis, norm="BN")
+    with pytest.raises(ValueError, match="255"):
+        module(torch.randn(1, 8, *size))
+    # Only the axis itself has a limit.
+    assert module.eval()(torch.randn(1, 8, *size[::-1])).shape == (1, 16, *size[::-1])
+
+
+def test_unknown_axis_is_refused():
+    with pytest.raises(ValueError, match="depth"):
+        AxialAttention1D(8, 8, "depth", norm="BN")
+
+
+@pytest.mark.parametrize("in_channels", [32, 20])
+@torch.no_grad()
+def test_block(in_channels):
+    """Height, then width, between two 1×1 convolutions, plus the activated input or its projection."""
+    block = randomise_norms(AxialBlock(in_channels, 8, norm="BN")).eval()
+    x = torch.randn(2, in_channels, 4, 3)
+    active = nn.functional.gelu(x)
+
+    def conv(layer, y):
+        y = nn.functional.conv2d(y, layer.conv.weight)
+        return plain_norm(layer.norm, y.permute(0, 2, 3, 1), False).permute(0, 3, 1, 2)
+
+    y = nn.functional.gelu(conv(block.conv1, active))
+    y = plain_attention(block.height_attention, y, False)
+    y = plain_attention(block.width_attention, y.transpose(2, 3), False).transpose(2, 3)
+    y = conv(block.conv3, nn.functional.gelu(y))
+    expected = y + (active if in_channels == 32 else conv(block.shortcut, active))
+    torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_block_starts_as_its_shortcut():
+    block = AxialBlock(32, 8, norm="BN")
+    x = torch.randn(2, 32, 4, 3)
+    torch.testing.assert_close(block(x), nn.functional.gelu(x))

@@ -1,0 +1,172 @@
+"""The demo as a user runs it: images in, overlays out, every fault named."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+from PIL import Image
+from small import options
+
+from kmax_d2.data.datasets import shapes
+from kmax_d2.engine.setup import choose_device, load_config, prepare_datasets
+from kmax_d2.errors import UserError
+
+DEMO = Path(__file__).parents[1] / "demo" / "demo.py"
+# A random model's classes are not confident; of two masks one is always above the pixel threshold.
+SURE = options(
+    MODEL__KMAX__TRANSFORMER_DECODER__NUM_QUERIES=2,
+    MODEL__KMAX__TEST__THING_THRESHOLD=0.0,
+    MODEL__KMAX__TEST__STUFF_THRESHOLD=0.0,
+    MODEL__KMAX__TEST__OVERLAP_THRESHOLD=0.0,
+    MODEL__KMAX__TEST__THING_AREA_LIMIT=0,
+    MODEL__KMAX__TEST__STUFF_AREA_LIMIT=0,
+)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    spec = importlib.util.spec_from_file_location("demo", DEMO)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def weights(tmp_path):
+    cfg = load_config("shapes/quickstart", SURE)
+    prepare_datasets(cfg)
+    choose_device(cfg)
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "random.pth")
+    return str(tmp_path / "random.pth")
+
+
+def picture(height=64, width=96):
+    """Red on the left, blue on the right."""
+    image = np.zeros((height, width, 3), dtype=np.uint8)
+    image[:, : width // 2, 0] = image[:, width // 2 :, 2] = 255
+    return Image.fromarray(image)
+
+
+def test_good_and_bad_images(tmp_path, weights):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    picture().convert("L").save(folder / "grey.jpg")
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by a quarter clockwise
+    picture().save(folder / "turned.jpg", exif=exif)
+    picture().convert("RGBA").save(folder / "turned.png")
+    (folder / "cut.jpg").write_bytes((folder / "grey.jpg").read_bytes()[:400])
+    (folder / "text.txt").write_text("no image")
+    missing = tmp_path / "missing.jpg"
+    command = [sys.executable, str(DEMO), "--input", str(folder), str(missing), str(folder / "turned.*")]
+    command += ["--output", str(tmp_path / "out"), "--weights", weights, "--assignments", "--opts", *map(str, SURE)]
+    environment = os.environ | {"KMAX_D2_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=100)
+
+    assert done.returncode == 1, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 2 and "Traceback" not in done.stderr
+    assert str(missing) in errors[0] and str(folder / "cut.jpg") in errors[1]
+    *summaries, last = done.stdout.splitlines()
+    assert last == f"3 of 5 images written to {tmp_path / 'out'}"
+    assert len(summaries) == 3
+    for line, name in zip(summaries, ("grey.jpg", "turned.jpg", "turned.png"), strict=True):
+        assert line.startswith(f"{folder / name} -> {tmp_path / 'out'}")
+        assert any(f"1 {category['name']}" in line for category in shapes.CATEGORIES)
+
+    written = {file.name for file in (tmp_path / "out").iterdir()}
+    stems = ("grey", "turned", "turned-2")
+    assert written == {stem + ending for stem in stems for ending in (".png", "_assignments.png")}
+    sizes = {stem: Image.open(tmp_path / "out" / f"{stem}.png").size for stem in stems}
+    assert sizes == {"grey": (576, 384), "turned": (384, 576), "turned-2": (576, 384)}
+    # In the page's first panel, the input, red has become the upper half.
+    page = np.asarray(Image.open(tmp_path / "out" / "turned_assignments.png"))
+    assert np.allclose(page[150, 150], (255, 0, 0), atol=3) and np.allclose(page[500, 150], (0, 0, 255), atol=3)
+    assert not (tmp_path / "cache").exists()  # nothing was drawn
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["MODEL.WEIGTHS", "x.pth"], r"no option MODEL\.WEIGTHS - did you mean MODEL\.WEIGHTS\?"),
+        (["MODEL.WEIGHTS", "nowhere.pth"], r"no checkpoint nowhere\.pth"),
+        (["DATASETS.TEST", "()", "DATASETS.TRAIN", "()", "MODEL.KMAX.NUM_CLASSES", "9"], r"name a dataset"),
+    ],
+)
+def test_options(demo, tmp_path, opts, message):
+    picture().save(tmp_path / "image.png")
+    arguments = ["--input", str(tmp_path / "image.png"), "--output", str(tmp_path / "out"), "--weights", "nowhere.pth"]
+    with pytest.raises(UserError, match=message):
+        demo.main([*arguments, "--opts", *map(str, options()), *opts])
+
+
+def test_without_the_quickstarts_weights(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "QUICKSTART_WEIGHTS", (tmp_path / "first.pth", tmp_path / "second.pth"))
+    with pytest.raises(UserError, match=r"make quickstart.*--config-file"):
+        demo.main(["--input", "image.png"])
+    for name in ("second.pth", "first.pth"):
+        (tmp_path / name).touch()
+        weights = demo.setup(demo.parse_args(["--input", "image.png"])).MODEL.WEIGHTS
+        assert weights == str(tmp_path / name)
+
+
+def test_coco_needs_no_files_of_the_dataset(demo):
+    cfg = demo.setup(demo.parse_args(["--input", "x.jpg", "--config-file", "coco/r50", "--weights", "x.pth"]))
+    assert cfg.MODEL.KMAX.NUM_CLASSES == 133 and cfg.MODEL.WEIGHTS == "x.pth"
+    names = demo.MetadataCatalog.get(cfg.DATASETS.TEST[0]).stuff_classes
+    assert demo.describe([{"category_id": 0}, {"category_id": 2}, {"category_id": 0}], names) == "2 person, 1 car"
+    assert demo.describe([], names) == "no segments"
+
+
+def test_find_images(demo, tmp_path):
+    for name in ("b.png", "a.JPG", "c[1].png"):
+        picture().save(tmp_path / name)
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "empty").mkdir()
+    inputs = [str(tmp_path / name) for name in ("c[1].png", "*.png", "", "empty", "*.gif", "absent.png")]
+    files, problems = demo.find_images(inputs)
+    assert [file.name for file in files] == ["c[1].png", "b.png", "a.JPG"]
+    assert [problem.replace(str(tmp_path), "") for problem in problems] == [
+        "no images in the folder /empty",
+        "no file matches /*.gif",
+        "no file /absent.png",
+    ]
+
+
+def test_outputs_meet_neither_each_other_nor_an_input(demo, tmp_path):
+    files = [tmp_path / name for name in ("a.png", "a.jpg", "b.jpg", "sub/b.jpg", "b-2.jpg")]
+    stems = demo.name_outputs(files, tmp_path, [".png"])
+    assert list(stems.values()) == ["a-2", "a-3", "b", "b-2", "b-2-2"]
+    files = [tmp_path / "a_assignments.jpg", tmp_path / "a.jpg"]
+    stems = demo.name_outputs(files, tmp_path / "out", [".png", "_assignments.png"])
+    assert list(stems.values()) == ["a_assignments", "a-2"]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_any_mode_of_eight_bits_is_read(demo, tmp_path, mode):
+    file = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+    picture().convert(mode).save(file)
+    image = demo.read_rgb(file)
+    assert image.shape == (64, 96, 3) and image.dtype == np.uint8
+    expected = np.asarray(picture().convert(mode).convert("RGB"))
+    assert np.array_equal(image, expected)
+
+
+def test_more_bits_are_refused_not_clipped(demo, tmp_path):
+    file = tmp_path / "deep.png"
+    Image.fromarray(np.full((8, 8), 30000, dtype=np.uint16)).save(file)
+    with pytest.raises(UserError, match=r"deep\.png has more than 8 bits"):
+        demo.read_rgb(file)
+
+
+def test_a_failed_write_leaves_nothing(demo, tmp_path):
+    (tmp_path / "out.png").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*out\.png"):
+        demo.write_png(np.zeros((2, 2, 3), np.uint8), tmp_path / "out.png")
+    assert [file.name for file in tmp_path.iterdir()] == ["out.png"]

@@ -1,0 +1,98 @@
+"""The k-means step against the product with the one-hot assignment."""
+
+import torch
+import torch.nn.functional as F
+
+from kmax_d2.modeling.kmeans import KMeansCrossAttention, kmeans_assign, kmeans_update
+
+
+def plain_update(mask_logits, values):
+    """A · v with A (B, N, H · W) the one-hot argmax over the clusters."""
+    assignment = F.one_hot(mask_logits.argmax(1), mask_logits.shape[1]).flatten(1, 2).transpose(1, 2)
+    return assignment.to(values.dtype) @ values.flatten(2).transpose(1, 2)
+
+
+def test_assignment_is_the_best_cluster():
+    mask_logits = torch.randn(2, 5, 3, 4)
+    assignment = kmeans_assign(mask_logits)
+    assert assignment.shape == (2, 3, 4)
+    best = mask_logits.amax(1, keepdim=True)
+    assert torch.equal(mask_logits.gather(1, assignment[:, None]), best)
+
+
+def test_update_is_the_one_hot_product():
+    mask_logits = torch.randn(3, 7, 6, 5)
+    ours = torch.randn(3, 4, 6, 5, dtype=torch.float64, requires_grad=True)
+    theirs = ours.detach().clone().requires_grad_()
+    update = kmeans_update(kmeans_assign(mask_logits), ours, 7)
+    expected = plain_update(mask_logits, theirs)
+    assert update.shape == (3, 7, 4)
+    torch.testing.assert_close(update, expected)
+    weight = torch.randn_like(expected)
+    (update * weight).sum().backward()
+    (expected * weight).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_update_is_a_sum_and_not_a_mean():
+    assignment = torch.zeros(1, 2, 5, dtype=torch.int64)
+    assignment[0, 0, 0] = 2
+    update = kmeans_update(assignment, torch.full((1, 3, 2, 5), 0.5), 4)
+    assert update[0, :, 0].tolist() == [4.5, 0.0, 0.5, 0.0]
+
+
+def test_cluster_without_pixels_gets_zero():
+    mask_logits = torch.randn(2, 5, 4, 4)
+    mask_logits[0, 3] -= 100
+    mask_logits[1, [0, 4]] -= 100
+    update = kmeans_update(kmeans_assign(mask_logits), 1 + torch.rand(2, 6, 4, 4), 5)
+    empty = ~update.any(dim=2)
+    assert empty[0].nonzero().flatten().tolist() == [3]
+    assert empty[1].nonzero().flatten().tolist() == [0, 4]
+
+
+def attention(channels=8, out_channels=6):
+    module = KMeansCrossAttention(channels, out_channels, norm="BN")
+    torch.nn.init.ones_(module.projection.norm.weight)  # 0 at first
+    return module
+
+
+def test_step_starts_as_nothing():
+    module = KMeansCrossAttention(8, 6, norm="BN")
+    assert not module(torch.randn(2, 5, 4, 4), torch.randn(2, 8, 4, 4)).any()
+
+
+def test_step_is_update_norm_and_projection():
+    module = attention().eval()
+    for norm in (module.norm, module.projection.norm):
+        torch.nn.init.normal_(norm.running_mean)
+        torch.nn.init.uniform_(norm.running_var, 0.5, 2)
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+
+    def normalise(x, norm):
+        return (x - norm.running_mean) / (norm.running_var + 1e-3).sqrt() * norm.weight + norm.bias
+
+    mask_logits, values = torch.randn(2, 5, 4, 4), torch.randn(2, 8, 4, 4)
+    expected = normalise(plain_update(mask_logits, values), module.norm) @ module.projection.linear.weight.T
+    torch.testing.assert_close(module(mask_logits, values), normalise(expected, module.projection.norm))
+
+
+def test_gradient_reaches_values_but_not_mask_logits():
+    mask_logits = torch.randn(2, 5, 4, 4, requires_grad=True)
+    values = torch.randn(2, 8, 4, 4, requires_grad=True)
+    update = attention()(mask_logits, values)
+    (update * torch.randn_like(update)).sum().backward()
+    assert mask_logits.grad is None
+    assert (values.grad.abs().sum(1) > 0).all()
+
+
+def test_float32_under_autocast():
+    module = attention().eval()
+    mask_logits = torch.randn(1, 2, 64, 64).bfloat16()
+    values = (1 + torch.rand(1, 8, 64, 64)).bfloat16()
+    expected = module(mask_logits.float(), values.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        update = module(mask_logits, values)
+    assert update.dtype == torch.float32
+    assert torch.equal(update, expected)

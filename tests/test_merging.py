@@ -1,0 +1,261 @@
+"""Mask-wise merging: against the official results, and against a loop over the queries at full size."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+
+from kmax_d2.modeling.merging import MaskWiseMerging, top_two_queries
+
+
+def same_partition(first, second):
+    """Whether two id maps cut the pixels into the same parts, whatever the ids."""
+    pairs = set(zip(np.asarray(first).ravel().tolist(), np.asarray(second).ravel().tolist(), strict=True))
+    return len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
+
+
+def class_and_instance_map(result):
+    """(H, W) classes, -1 for void, and ids of things, 0 for stuff and void."""
+    classes = np.full(len(result.segments) + 1, -1)
+    instances = np.zeros(len(result.segments) + 1, dtype=int)
+    for segment in result.segments:
+        classes[segment["id"]] = segment["category_id"]
+        instances[segment["id"]] = segment["id"] if segment["isthing"] else 0
+    ids = result.segment_ids.numpy()
+    return classes[ids], instances[ids]
+
+
+# --- official results ---
+
+
+@pytest.mark.parametrize(("tag", "num_classes"), [("coco", 133), ("cityscapes", 19)])
+def test_official_result(tag, num_classes):
+    arrays = reference.load(f"merge_{tag}")
+    things = set(arrays["thing_classes"].tolist())
+    merging = MaskWiseMerging(
+        [category in things for category in range(num_classes)],
+        pixel_threshold=float(arrays["pixel_confidence_threshold"]),
+        thing_threshold=float(arrays["class_threshold_thing"]),
+        stuff_threshold=float(arrays["class_threshold_stuff"]),
+        overlap_threshold=float(arrays["overlap_threshold"]),
+        class_power=float(arrays["reorder_class_weight"]),
+        mask_power=float(arrays["reorder_mask_weight"]),
+        thing_area_limit=int(arrays["thing_area_limit"]),
+        stuff_area_limit=int(arrays["stuff_area_limit"]),
+    )
+    result = merging(
+        torch.from_numpy(arrays["class_logits"].astype(np.float32)),
+        reference.channels_first(arrays["mask_logits"].astype(np.float32)),
+        tuple(arrays["image_size"].tolist()),
+    )
+    classes, instances = class_and_instance_map(result)
+    np.testing.assert_array_equal(classes, arrays["class_map"])
+    assert (instances > 0).any()
+    np.testing.assert_array_equal(instances > 0, arrays["instance_map"] > 0)
+    assert same_partition(instances, arrays["instance_map"])
+
+
+# --- a loop over the queries ---
+
+
+def plain_probability(mask_logits, size, crop=None):
+    """(N, H, W) softmax of the upsampled logits, all at once."""
+    full = F.interpolate(mask_logits[None], size, mode="bilinear", align_corners=True)[0].softmax(0)
+    rows, columns = crop or size
+    return full[:, :rows, :columns]
+
+
+def merge_plainly(class_logits, mask_logits, size, crop, is_thing, options, events):
+    """The merging as its description reads; counts in `events` what happened. Gives a class and a segment map."""
+    confidence, category = class_logits.softmax(1)[:, :-1].max(1)
+    small = mask_logits.softmax(0)
+    score = []
+    for query in range(len(small)):
+        inside = small[query] > options["pixel_threshold"]
+        score.append(small[query][inside].mean().item() if inside.any() else 0.0)
+    powers = options["class_power"], options["mask_power"]
+    value = [c ** powers[0] * s ** powers[1] for c, s in zip(confidence.tolist(), score, strict=True)]
+    probability = plain_probability(mask_logits, size, crop)
+    free = torch.ones(probability.shape[1:], dtype=torch.bool)
+    class_map = torch.full(probability.shape[1:], -1)
+    segment_map = torch.zeros(probability.shape[1:], dtype=torch.int64)
+    for query in sorted(range(len(small)), key=lambda q: -value[q]):
+        label = category[query].item()
+        mask = probability[query] > options["pixel_threshold"]
+        if not mask.any():
+            continue
+        if confidence[query] < options["thing_threshold" if is_thing[label] else "stuff_threshold"]:
+            events["not confident"] += 1
+            continue
+        new = mask & free
+        if new.sum().item() <= options["overlap_threshold"] * mask.sum().item():
+            events["overlapped"] += 1
+            continue
+        events["cut"] += int((new != mask).any())
+        events["joined stuff"] += int(not is_thing[label] and (class_map == label).any())
+        class_map[new] = label
+        # Things have an id each, stuff has one for its class.
+        segment_map[new] = 1000 + query if is_thing[label] else 1 + label
+        free &= ~mask
+    for segment in segment_map.unique().tolist():
+        limit = options["thing_area_limit" if segment >= 1000 else "stuff_area_limit"]
+        if segment > 0 and (segment_map == segment).sum() < limit:
+            events["too small"] += 1
+            class_map[segment_map == segment] = -1
+            segment_map[segment_map == segment] = 0
+    events["segments"] += len(segment_map.unique()) - 1
+    return class_map.numpy(), segment_map.numpy()
+
+
+def random_case(seed):
+    """Logits of overlapping blobs, sizes, and thresholds that no probability is close to."""
+    generator = np.random.RandomState(seed)
+    queries = int(generator.randint(2, 30))
+    height, width = (int(generator.randint(5, 20)) for _ in range(2))
+    size = (4 * (height - 1) + 1, 4 * (width - 1) + 1)
+    if seed % 4 == 0:
+        size = tuple(int(generator.randint(side, 5 * side)) for side in (height, width))
+    crop = None
+    if seed % 3 == 0:
+        crop = tuple(int(generator.randint(side // 2 + 1, side + 1)) for side in size)
+    rows, columns = np.mgrid[:height, :width]
+    centers = generator.uniform(0, 1, (queries, 2)) * (height, width)
+    radius = generator.uniform(1, 4, queries)
+    distance = (rows - centers[:, :1, None]) ** 2 + (columns - centers[:, 1:, None]) ** 2
+    # Flat on top, so that two of them are as good as each other where they meet.
+    blobs = np.minimum(2 * np.exp(-distance / radius[:, None, None] ** 2), 1)
+    mask_logits = 8 * blobs + generator.normal(0, 0.3, distance.shape)
+    if queries > 4:
+        # Twins, so that masks do overlap much.
+        twins = queries // 5
+        mask_logits[-twins:] = mask_logits[:twins] + generator.normal(0, 0.15, distance[:twins].shape)
+    mask_logits = torch.from_numpy(mask_logits.astype(np.float32))
+    class_logits = torch.from_numpy(generator.normal(0, 3, (queries, 7)).astype(np.float32))
+    # Probabilities are rounded differently by different ways of computing them: keep the threshold off them.
+    threshold = generator.uniform(0.345, 0.6)
+    near = plain_probability(mask_logits, size).flatten()
+    near = near[(near - threshold).abs() < 0.01].sort().values.double()
+    near = torch.cat([torch.tensor([threshold - 0.01]).double(), near, torch.tensor([threshold + 0.01]).double()])
+    gap = near.diff().argmax()
+    options = {
+        "pixel_threshold": ((near[gap] + near[gap + 1]) / 2).item(),
+        "thing_threshold": generator.uniform(0.2, 0.7),
+        "stuff_threshold": generator.uniform(0.2, 0.5),
+        "overlap_threshold": generator.uniform(0.3, 0.95),
+        "class_power": float(generator.choice([0.0, 1.0, 2.0])),
+        "mask_power": float(generator.choice([0.0, 1.0, 0.5])),
+        "thing_area_limit": int(generator.choice([0, 20])),
+        "stuff_area_limit": int(generator.choice([0, 60])),
+    }
+    return class_logits, mask_logits, size, crop, options
+
+
+IS_THING = [True, False, True, False, False, True]
+
+
+@pytest.fixture(scope="module")
+def cases():
+    """For each of many cases our result, the plain class and segment maps, and what happened in all of them."""
+    events = Counter()
+    results = []
+    for seed in range(40):
+        class_logits, mask_logits, size, crop, options = random_case(seed)
+        merged = MaskWiseMerging(IS_THING, **options)(class_logits, mask_logits, size, crop)
+        results.append((merged, *merge_plainly(class_logits, mask_logits, size, crop, IS_THING, options, events)))
+    return results, events
+
+
+@pytest.mark.parametrize("index", range(40))
+def test_equals_the_loop_over_queries(cases, index):
+    merged, classes, segments = cases[0][index]
+    np.testing.assert_array_equal(class_and_instance_map(merged)[0], classes)
+    ids = merged.segment_ids.numpy()
+    np.testing.assert_array_equal(ids == 0, segments == 0)
+    assert same_partition(ids, segments)
+
+
+def test_cases_hold_every_kind_of_event(cases):
+    """Else the comparison above would say little."""
+    events = cases[1]
+    for event in ("not confident", "overlapped", "cut", "joined stuff", "too small"):
+        assert events[event] >= 10, events
+    assert events["segments"] >= 100, events
+
+
+@pytest.mark.parametrize("index", range(40))
+def test_segments_describe_the_map(cases, index):
+    merged = cases[0][index][0]
+    areas = Counter(merged.segment_ids.flatten().tolist())
+    del areas[0]
+    assert {segment["id"]: segment["area"] for segment in merged.segments} == areas
+    assert sorted(areas) == list(range(1, len(merged.segments) + 1))
+    assert all(segment["isthing"] == IS_THING[segment["category_id"]] for segment in merged.segments)
+    stuff = [segment["category_id"] for segment in merged.segments if not segment["isthing"]]
+    assert len(stuff) == len(set(stuff))
+
+
+def test_no_confident_query_gives_void():
+    class_logits = torch.zeros(5, 7)
+    class_logits[:, -1] = 10.0
+    mask_logits = torch.randn(5, 9, 9) * 10
+    result = MaskWiseMerging(IS_THING, thing_area_limit=0, stuff_area_limit=0)(class_logits, mask_logits, (33, 33))
+    assert result.segments == []
+    assert result.segment_ids.shape == (33, 33)
+    assert not result.segment_ids.any()
+
+
+def test_no_confident_mask_gives_void():
+    class_logits = torch.zeros(5, 7)
+    class_logits[:, 0] = 10.0
+    result = MaskWiseMerging(IS_THING, thing_area_limit=0)(class_logits, torch.zeros(5, 9, 9), (33, 33))
+    assert result.segments == []
+    assert not result.segment_ids.any()
+    assert not result.query_score.any()
+
+
+def test_query_scores():
+    class_logits, mask_logits, size, _, options = random_case(1)
+    result = MaskWiseMerging(IS_THING, **options)(class_logits, mask_logits, size)
+    confidence, category = class_logits.softmax(1)[:, :-1].max(1)
+    assert torch.equal(result.query_class, category)
+    for query, probability in enumerate(mask_logits.softmax(0)):
+        inside = probability > options["pixel_threshold"]
+        score = probability[inside].mean().item() if inside.any() else 0.0
+        assert result.query_score[query].item() == pytest.approx(score * confidence[query].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.2, 0.333])
+def test_pixel_threshold_below_a_third_is_refused(threshold):
+    with pytest.raises(ValueError, match="1/3"):
+        MaskWiseMerging(IS_THING, pixel_threshold=threshold)
+
+
+# --- the two best queries ---
+
+
+@pytest.mark.parametrize(
+    ("small", "size", "crop"),
+    [
+        ((5, 7), (17, 25), None),
+        ((17, 25), (65, 97), (50, 80)),
+        ((9, 9), (9, 9), None),
+        ((6, 11), (40, 23), (40, 1)),
+        ((3, 3), (100, 70), (99, 70)),
+        ((2, 1), (33, 1), None),
+    ],
+)
+def test_top_two_queries(small, size, crop):
+    mask_logits = torch.randn(6, *small) * 3
+    top = top_two_queries(mask_logits, size, crop)
+    probability = plain_probability(mask_logits, size, crop)
+    best = probability.topk(2, dim=0)
+    torch.testing.assert_close(top.probability, best.values, rtol=1e-4, atol=1e-5)
+    # Where two queries are as good as each other, either may be named.
+    torch.testing.assert_close(probability.gather(0, top.query), best.values, rtol=1e-4, atol=1e-5)
+    assert (top.query[0] != top.query[1]).all()
+    clear = best.values[0] - best.values[1] > 1e-3
+    assert clear.float().mean() > 0.9
+    assert torch.equal(top.query[0][clear], best.indices[0][clear])

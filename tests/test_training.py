@@ -1,0 +1,181 @@
+"""The real trainer on a real small dataset: through the command line, on one process and on two."""
+
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small import options
+
+from kmax_d2.data.datasets import shapes
+from kmax_d2.engine import Trainer, load_config, setup
+from kmax_d2.engine.optimizer import build_lr_scheduler, build_optimizer
+from kmax_d2.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+TERMS = ["loss_pq_class", "loss_pq_mask", "loss_mask_id", "loss_instance"]
+LOSSES = TERMS + [f"{term}_{index}" for term in TERMS for index in range(6)] + ["loss_semantic"]
+
+
+@pytest.fixture(scope="session")
+def own_data(tmp_path_factory):
+    """A dataset in COCO panoptic format as its owner has it; gives the files of the training and test parts."""
+    folder = tmp_path_factory.mktemp("own")
+    for split, number, seed in (("train", 6, 3), ("val", 4, 4)):
+        shapes.write_split(folder, split, number, seed)
+    return {
+        split: [str(folder / split), str(folder / f"panoptic_{split}"), str(folder / f"panoptic_{split}.json")]
+        for split in ("train", "val")
+    }
+
+
+def train_net(output, own_data, *arguments, **changes):
+    command = [sys.executable, str(ROOT / "train_net.py"), "--train-data", *own_data["train"]]
+    command += ["--test-data", *own_data["val"], *arguments]
+    command += [str(part) for part in options(OUTPUT_DIR=output, **changes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def metrics(output):
+    """The latest value of everything that the run wrote."""
+    latest = {}
+    for line in (Path(output) / "metrics.json").read_text().splitlines():
+        latest |= json.loads(line)
+    return latest
+
+
+def arguments(own_data, **changes):
+    return argparse.Namespace(
+        config_file="", opts=options(**changes), train_data=own_data["train"], test_data=own_data["val"]
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(own_data, tmp_path_factory):
+    """A finished run of four iterations with an evaluation."""
+    output = tmp_path_factory.mktemp("run")
+    run = train_net(output, own_data, SOLVER__MAX_ITER=4, SOLVER__CHECKPOINT_PERIOD=2, TEST__EVAL_PERIOD=4)
+    assert run.returncode == 0, run.stderr
+    return output, run
+
+
+def test_a_run_logs_every_loss_and_all_results_of_one_model(trained):
+    output, run = trained
+    assert "running on the CPU" in run.stdout + run.stderr
+    last = metrics(output)
+    assert all(math.isfinite(last[name]) for name in LOSSES)
+    assert {"panoptic_seg/PQ", "panoptic_seg/SQ_th", "panoptic_seg/RQ_st", "segm/AP", "sem_seg/mIoU"} <= set(last)
+    assert list(Path(output).glob("events.out.tfevents.*"))
+    assert (output / "model_0000001.pth").is_file()
+    assert (output / "model_final.pth").is_file()
+
+
+def test_resume_goes_on_where_the_run_stopped(trained, own_data):
+    output, _ = trained
+    before = torch.load(output / "model_final.pth", map_location="cpu", weights_only=True)
+    run = train_net(output, own_data, "--resume", SOLVER__MAX_ITER=6)
+    assert run.returncode == 0, run.stderr
+    assert "Starting training from iteration 4" in run.stdout
+    after = torch.load(output / "model_final.pth", map_location="cpu", weights_only=True)
+    assert before["iteration"] == 3
+    assert after["iteration"] == 5
+    name = "backbone.stem.norm.num_batches_tracked"
+    assert after["model"][name] - before["model"][name] == 2
+
+
+def test_two_processes_train_and_evaluate_as_one_does(own_data, tmp_path):
+    run = train_net(
+        tmp_path, own_data, "--num-gpus", "2", "--dist-url", "auto", SOLVER__MAX_ITER=2, TEST__EVAL_PERIOD=2
+    )
+    assert run.returncode == 0, run.stderr
+    assert "World size: 2" in run.stdout
+    both = metrics(tmp_path)
+    weights = tmp_path / "model_final.pth"
+    alone = tmp_path / "alone"
+    run = train_net(alone, own_data, "--eval-only", MODEL__WEIGHTS=weights)
+    assert run.returncode == 0, run.stderr
+    miou = re.search(r"'mIoU': ([\d.e-]+)", run.stdout)
+    assert float(miou[1]) == pytest.approx(both["sem_seg/mIoU"], abs=1e-9)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_mixed_precision_trains(own_data, tmp_path, precision):
+    changes = {"SOLVER__AMP__ENABLED": True, "SOLVER__AMP__PRECISION": precision, "SOLVER__MAX_ITER": 2}
+    trainer = Trainer(setup(arguments(own_data, OUTPUT_DIR=str(tmp_path), **changes)))
+    before = trainer.model.pixel_decoder.stages[3][0].conv2.conv.weight.clone()
+    trainer.train()
+    after = trainer.model.pixel_decoder.stages[3][0].conv2.conv.weight
+    assert after.dtype == torch.float32
+    assert after.isfinite().all()
+    assert math.isfinite(trainer.storage.history("total_loss").latest())
+    if precision == "bfloat16":  # float16 may skip the first steps to find its scale
+        assert not torch.equal(before, after)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(own_data, tmp_path):
+    changes = {"OUTPUT_DIR": str(tmp_path), "SOLVER__MAX_ITER": 3, "SOLVER__CHECKPOINT_PERIOD": 1}
+    trainer = Trainer(setup(arguments(own_data, **changes)))
+    trainer.max_iter = 1
+    trainer.train()
+    kept = torch.load(tmp_path / "model_final.pth", map_location="cpu", weights_only=True)["model"]
+    with torch.no_grad():
+        trainer.model.transformer_decoder.predictor.class_head.bias[0] = math.inf
+    weight = trainer.model.backbone.stem.conv.weight.clone()
+    trainer.start_iter, trainer.max_iter = 1, 3
+    with pytest.raises(UserError, match=r"iteration 1: loss_pq_class = .*images: .*\.jpg") as failure:
+        trainer.train()
+    assert "loss_mask_id" not in str(failure.value)
+    assert torch.equal(trainer.model.backbone.stem.conv.weight, weight)
+    again = torch.load(tmp_path / "model_final.pth", map_location="cpu", weights_only=True)["model"]
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+def test_the_same_seed_gives_the_same_run(own_data, tmp_path):
+    weights = []
+    for name in ("first", "second"):
+        run = train_net(tmp_path / name, own_data, SOLVER__MAX_ITER=2)
+        assert run.returncode == 0, run.stderr
+        weights.append(torch.load(tmp_path / name / "model_final.pth", map_location="cpu", weights_only=True)["model"])
+    first, second = weights
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_decay_is_on_kernels_alone_and_the_backbone_learns_slower():
+    cfg = load_config("", options(MODEL__KMAX__NUM_CLASSES=3, MODEL__KMAX__NORM="BN", SOLVER__BASE_LR=0.01))
+    model = Trainer.build_model(cfg)
+    optimizer = build_optimizer(cfg, model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    seen = set()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            seen.add(name)
+            kernel = parameter.ndim > 1 and not name.endswith(("_positions", ".centers"))
+            assert group["weight_decay"] == (0.05 if kernel else 0.0), name
+            assert group["lr"] == pytest.approx(0.001 if name.startswith("backbone.") else 0.01), name
+            assert group["betas"] == (0.9, 0.999)
+            assert group["eps"] == 1e-7
+    assert seen == set(names.values())
+
+
+def test_schedule_warms_up_to_the_base_rate_and_decays_by_the_global_step():
+    cfg = load_config("", ["SOLVER.MAX_ITER", 1000, "SOLVER.WARMUP_ITERS", 100])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    rates = []
+    for _ in range(1000):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates[0] == 0.0
+    assert rates[50] == pytest.approx(0.5)
+    assert rates[99] == pytest.approx(0.99)
+    for step in (100, 500, 999):
+        assert rates[step] == pytest.approx((1 - step / 1000) ** 0.9)

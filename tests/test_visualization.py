@@ -1,0 +1,221 @@
+"""Pictures: colors, geometry, and that they show what the model says."""
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import build_model
+from PIL import Image
+from small import options
+
+from kmax_d2 import visualization
+from kmax_d2.data.datasets import shapes
+from kmax_d2.engine.setup import choose_device, load_config, prepare_datasets
+
+STAR = next(index for index, category in enumerate(shapes.CATEGORIES) if category["name"] == "star")
+SKY = next(index for index, category in enumerate(shapes.CATEGORIES) if category["name"] == "sky")
+
+
+@pytest.fixture(scope="module")
+def metadata():
+    return MetadataCatalog.get("shapes_val")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    cfg = load_config("shapes/quickstart", options())
+    prepare_datasets(cfg)
+    choose_device(cfg)
+    return build_model(cfg).eval()
+
+
+@pytest.fixture
+def grey():
+    return np.full((130, 160, 3), 100, dtype=np.uint8)
+
+
+def two_stars_in_the_sky():
+    ids = np.ones((130, 160), dtype=np.int32)
+    ids[30:100, 10:60] = 2
+    ids[30:100, 90:150] = 3
+    segments = [{"id": 1, "category_id": SKY, "isthing": False}]
+    segments += [{"id": number, "category_id": STAR, "isthing": True} for number in (2, 3)]
+    return ids, segments
+
+
+def test_overlay_has_the_classes_colors_and_tells_instances_apart(grey, metadata):
+    ids, segments = two_stars_in_the_sky()
+    picture = visualization.draw_panoptic(grey, ids, segments, metadata)
+    assert picture.shape == (390, 480, 3) and picture.dtype == np.uint8
+    sky, left, right = (picture[3 * y + 1, 3 * x + 1].astype(int) for y, x in ((5, 5), (90, 15), (90, 145)))
+    for pixel, category in ((sky, SKY), (right, STAR)):  # the larger star comes first
+        expected = 0.4 * 100 + 0.6 * np.array(shapes.CATEGORIES[category]["color"])
+        assert np.abs(pixel - expected).max() <= 2
+    assert np.abs(left - right).max() > 30
+
+
+def test_overlay_is_the_same_every_time_and_leaves_its_arguments(grey, metadata):
+    ids, segments = two_stars_in_the_sky()
+    first = visualization.draw_panoptic(grey, torch.from_numpy(ids), segments, metadata)
+    np.random.seed(7)
+    assert np.array_equal(visualization.draw_panoptic(grey, ids, segments, metadata), first)
+    assert segments == two_stars_in_the_sky()[1]
+    assert (grey == 100).all()
+
+
+def test_twenty_instances_have_twenty_colors(metadata):
+    ids = np.repeat(np.arange(1, 21), 20)[None].repeat(400, 0)
+    segments = [{"id": number, "category_id": STAR, "isthing": True} for number in range(1, 21)]
+    picture = visualization.draw_panoptic(np.zeros((400, 400, 3), np.uint8), ids, segments, metadata)
+    assert len({tuple(pixel) for pixel in picture[20, 10::20]}) == 20
+
+
+def test_stuff_label_lies_inside_its_mask(grey, metadata):
+    ids = np.ones((130, 160), dtype=np.int32)
+    ids[:100, 30:] = 0  # an L, whose median pixel is not in it
+    labelled = visualization.draw_panoptic(grey, ids, two_stars_in_the_sky()[1][:1], metadata)
+    assert (labelled[:290, 100:] == 100).all()
+    assert labelled.min() < 30  # the label's black box
+
+
+@pytest.mark.parametrize("corner", [(slice(0, 12), slice(0, 12)), (slice(-12, None), slice(-12, None))])
+def test_labels_stay_in_the_image(grey, metadata, corner):
+    ids = np.zeros((130, 160), dtype=np.int32)
+    ids[corner] = 2
+    segments = [{"id": 2, "category_id": STAR, "isthing": True, "score": 0.99}]
+    picture = visualization.draw_panoptic(grey, ids, segments, metadata)
+    rows, columns = np.nonzero((picture < 40).all(-1))  # the label's black box
+    assert np.ptp(columns) > 50 and np.ptp(rows) > 10
+    # None of the box is cut off: it is as large as in the middle.
+    ids = np.roll(ids, (65, 80), (0, 1))
+    middle = np.nonzero((visualization.draw_panoptic(grey, ids, segments, metadata) < 40).all(-1))
+    assert abs(np.ptp(middle[0]) - np.ptp(rows)) <= 2 and abs(np.ptp(middle[1]) - np.ptp(columns)) <= 2
+
+
+@pytest.mark.parametrize("segments", [[], [{"id": 1, "category_id": SKY, "isthing": False}]])
+def test_no_segments_leave_the_image(grey, metadata, segments):
+    picture = visualization.draw_panoptic(grey, torch.zeros(130, 160, dtype=torch.int32), segments, metadata)
+    assert np.array_equal(picture, visualization.enlarged(grey))
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((384, 400), (384, 400)), ((300, 500), (600, 1000)), ((1, 3000), (1, 3000))]
+)
+def test_only_small_images_are_enlarged(metadata, size, expected):
+    image = np.zeros((*size, 3), dtype=np.uint8)
+    assert visualization.draw_panoptic(image, np.zeros(size), [], metadata).shape[:2] == expected
+
+
+@pytest.mark.parametrize("number", [2, 16, 128])
+def test_palette_is_distinct_and_steady(number):
+    palette = visualization.cluster_palette(number).astype(int)
+    assert palette.shape == (number, 3)
+    assert np.array_equal(palette, visualization.cluster_palette(256)[:number])
+    distance = np.abs(palette[:, None] - palette[None]).sum(-1) + 1000 * np.eye(number)
+    assert distance.min() >= (90 if number <= 16 else 30)
+
+
+def test_one_color_for_each_cluster(grey):
+    assignment = np.array([[0, 1], [2, 0]])
+    picture = visualization.draw_assignment(grey, assignment, 4)
+    assert picture.shape == grey.shape and picture.dtype == np.uint8
+    assert np.array_equal(picture[0, 0], picture[-1, -1])
+    assert len({tuple(pixel) for pixel in picture.reshape(-1, 3)}) == 3
+    expected = 0.75 * visualization.cluster_palette(4)[1] + 0.25 * 100
+    assert np.abs(picture[0, -1] - expected).max() <= 0.5
+    # Each position holds for the pixels that are nearest to it.
+    assert (picture[:65, :80] == picture[0, 0]).all() and (picture[:65, 80:] == picture[0, -1]).all()
+
+
+def test_assignments_are_the_largest_logits(model):
+    image = torch.randint(0, 256, (3, 65, 49), dtype=torch.uint8)
+    found = visualization.assignments(model, image)
+    result = model.predict(image[None], auxiliary=True)
+    assert [array.shape for array in found] == [(3, 2)] * 2 + [(5, 4)] * 2 + [(9, 7)] * 2 + [(17, 13)]
+    for array, prediction in zip(found, [*result["auxiliary"], result], strict=True):
+        assert np.array_equal(array, prediction["mask_logits"][0].numpy().argmax(0))
+
+
+@pytest.mark.parametrize("stride", [4, 8, 16, 32])
+def test_stride_is_told_from_the_sizes(stride):
+    for size in ((129, 129), (1281, 853), (36, 33), (800, 40)):
+        assert visualization._stride(size, [(side - 1) // stride + 1 for side in size]) == stride
+
+
+def test_page_holds_every_panel_at_one_size():
+    colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    red, green, blue = (np.full((size, 2 * size, 3), c, np.uint8) for size, c in zip((60, 60, 30), colors, strict=True))
+    sheet = visualization.page([[("red", red), ("green", green)], [("blue", blue)]])
+    assert sheet.dtype == np.uint8
+    corners = []
+    for color in colors:
+        rows, columns = np.nonzero((sheet == color).all(-1))
+        assert len(rows) == 60 * 120
+        assert (np.ptp(rows), np.ptp(columns)) == (59, 119)
+        corners.append((rows.min(), columns.min()))
+    assert corners[0][0] == corners[1][0] and corners[0][1] == corners[2][1]
+    assert corners[0][1] < corners[1][1] and corners[0][0] < corners[2][0]
+    top, left = corners[0]
+    assert (sheet[:top, left : left + 120] < 100).any()  # the title
+    assert (sheet[-5:] == 255).all() and (sheet[:, -5:] == 255).all()
+
+
+class Recorder:
+    """Stands in for `page` and keeps the panels."""
+
+    def __call__(self, panels):
+        self.titles = [[title for title, _ in row] for row in panels]
+        self.sizes = {image.shape for row in panels for _, image in row}
+        return np.zeros((1, 1, 3), np.uint8)
+
+
+@pytest.fixture
+def record(tmp_path):
+    image, id_map, segments = shapes.draw(3, 0)
+    Image.fromarray(image).save(tmp_path / "image.png")
+    png = np.stack([id_map, id_map >> 8, id_map >> 16], -1).astype(np.uint8)
+    Image.fromarray(png).save(tmp_path / "panoptic.png")
+    index = {category["id"]: i for i, category in enumerate(shapes.CATEGORIES)}
+    for segment in segments:
+        segment["isthing"] = bool(shapes.CATEGORIES[index[segment["category_id"]]]["isthing"])
+        segment["category_id"] = index[segment["category_id"]]
+    files = {"file_name": str(tmp_path / "image.png"), "pan_seg_file_name": str(tmp_path / "panoptic.png")}
+    return files | {"height": image.shape[0], "width": image.shape[1], "segments_info": segments}
+
+
+DECODERS = [
+    ["decoder 1 (stride 32)", "decoder 2 (stride 32)", "decoder 3 (stride 16)"],
+    ["decoder 4 (stride 16)", "decoder 5 (stride 8)", "decoder 6 (stride 8)"],
+]
+
+
+def test_result_page(model, metadata, record, monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(visualization, "page", recorder)
+    model.train()
+    try:
+        visualization.result_page(model, record, metadata)
+        assert all(module.training for module in model.modules())
+    finally:
+        model.eval()
+    assert recorder.titles == [["input", "ground truth", "prediction"], *DECODERS]
+    assert len(recorder.sizes) == 1
+
+
+def test_result_page_without_ground_truth(model, metadata, record, monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(visualization, "page", recorder)
+    visualization.result_page(model, {"file_name": record["file_name"]}, metadata)
+    assert recorder.titles == [["input", "prediction", "final clusters (stride 4)"], *DECODERS]
+
+
+def test_result_page_shows_the_ground_truth(model, metadata, record):
+    """The second panel is the overlay of the record's own masks."""
+    sheet = visualization.result_page(model, record, metadata)
+    image, id_map, _ = shapes.draw(3, 0)
+    expected = visualization.draw_panoptic(image, id_map, record["segments_info"], metadata)
+    height, width = expected.shape[:2]
+    windows = np.lib.stride_tricks.sliding_window_view(sheet[: height + 80], (height, 1, 3))
+    column = expected[:, width // 4][:, None]
+    assert (windows[..., :, :, :] == column).all((-1, -2, -3)).any()
