@@ -115,19 +115,6 @@ def name_outputs(files: list[Path], folder: Path, endings: list[str]) -> dict[Pa
     return stems
 
 
-def read_rgb(file: Path) -> np.ndarray:
-    """The image (H, W, 3), uint8, RGB. Raises UserError for a file that is no image of eight bits a channel."""
-    try:
-        image = read_image({"file_name": str(file)}, "RGB")
-        with Image.open(file) as opened:
-            mode = opened.mode
-    except Image.DecompressionBombError as error:
-        raise UserError(f"cannot read the image {file}: {error}") from error
-    if mode == "F" or mode.startswith("I"):
-        raise UserError(f"the image {file} has more than 8 bits a channel; convert it to 8 bits first")
-    return image
-
-
 def write_png(image: np.ndarray, file: Path) -> None:
     """Writes under another name first, so that no half a file is left."""
     unfinished = file.with_name(f".{file.name}.{os.getpid()}.part")
@@ -149,7 +136,7 @@ def describe(segments: list[dict], class_names: list[str]) -> str:
 def segment_file(model: nn.Module, mapper: PanopticTestMapper, file: Path, metadata, output: str, pages: bool) -> str:
     """Segments one image, writes `output`.png and perhaps `output`_assignments.png, and gives a summary."""
     start = time.perf_counter()
-    image = read_rgb(file)
+    image = read_image({"file_name": str(file)}, "RGB")
     record = mapper({"file_name": str(file)})
     with torch.no_grad():
         segment_ids, segments = model([record])[0]["panoptic_seg"]

@@ -4,6 +4,9 @@ import pytest
 import reference
 import torch
 
+# The tensors are small: more threads would only wait for each other, for minutes where the machine is busy.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def seeded():

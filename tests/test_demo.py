@@ -14,6 +14,7 @@ from PIL import Image
 from small import options
 
 from kmax_d2.data.datasets import shapes
+from kmax_d2.data.mapper import read_image
 from kmax_d2.engine.setup import choose_device, load_config, prepare_datasets
 from kmax_d2.errors import UserError
 
@@ -152,7 +153,7 @@ def test_outputs_meet_neither_each_other_nor_an_input(demo, tmp_path):
 def test_any_mode_of_eight_bits_is_read(demo, tmp_path, mode):
     file = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
     picture().convert(mode).save(file)
-    image = demo.read_rgb(file)
+    image = read_image({"file_name": str(file)}, "RGB")
     assert image.shape == (64, 96, 3) and image.dtype == np.uint8
     expected = np.asarray(picture().convert(mode).convert("RGB"))
     assert np.array_equal(image, expected)
@@ -162,7 +163,7 @@ def test_more_bits_are_refused_not_clipped(demo, tmp_path):
     file = tmp_path / "deep.png"
     Image.fromarray(np.full((8, 8), 30000, dtype=np.uint16)).save(file)
     with pytest.raises(UserError, match=r"deep\.png has more than 8 bits"):
-        demo.read_rgb(file)
+        read_image({"file_name": str(file)}, "RGB")
 
 
 def test_a_failed_write_leaves_nothing(demo, tmp_path):

@@ -79,12 +79,12 @@ def test_every_term_has_its_weight():
         pixel_feature=prediction.pixel_feature.unflatten(2, (6, 10)),
     )
     semantic = torch.randn(2, 8, 6, 10)
-    plain = Criterion(
-        pq_weight=1, mask_id_weight=1, instance_weight=1, semantic_weight=1, num_samples=60
-    )(prediction, [prediction], semantic, targets)
-    weighted = Criterion(
-        pq_weight=2, mask_id_weight=3, instance_weight=5, semantic_weight=7, num_samples=60
-    )(prediction, [prediction], semantic, targets)
+    plain = Criterion(pq_weight=1, mask_id_weight=1, instance_weight=1, semantic_weight=1, num_samples=60)(
+        prediction, [prediction], semantic, targets
+    )
+    weighted = Criterion(pq_weight=2, mask_id_weight=3, instance_weight=5, semantic_weight=7, num_samples=60)(
+        prediction, [prediction], semantic, targets
+    )
     weights = {"pq_class": 2, "pq_mask": 2, "mask_id": 3, "instance": 5, "semantic": 7}
     for name, weight in weights.items():
         for key in [f"loss_{name}"] + [f"loss_{name}_0"] * (name != "semantic"):

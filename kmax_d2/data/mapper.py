@@ -11,6 +11,7 @@ from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.utils.registry import Registry
 from panopticapi.utils import rgb2id
+from PIL import Image, UnidentifiedImageError
 
 from ..errors import UserError
 from .augmentation import RandomPadCrop, ResizeToFit
@@ -22,12 +23,24 @@ MAPPER_REGISTRY.__doc__ = "Mappers of training records, named by `INPUT.DATASET_
 VOID = 0  # in the mapper's own label maps; masks count from 1
 
 
+def _read(file: str, image_format: str, what: str) -> np.ndarray:
+    """An image file as (H, W, 3) uint8. Raises UserError with its name and what it is."""
+    try:
+        with Image.open(file) as opened:
+            deep = opened.mode == "F" or opened.mode.startswith("I")
+        if deep:  # Pillow would cut the values off at 255
+            raise UserError(f"the {what} {file} has more than 8 bits a channel; convert it to 8 bits first")
+        return detection_utils.read_image(file, image_format)
+    except UnidentifiedImageError as error:
+        raise UserError(f"cannot read the {what} {file}: it is no image") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read the {what} {file}: {reason}") from error
+
+
 def read_image(record: dict, image_format: str) -> np.ndarray:
     """The record's image (H, W, 3), uint8, turned as its EXIF says. Raises UserError with the file's name."""
-    try:
-        image = detection_utils.read_image(record["file_name"], image_format)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"cannot read the image {record['file_name']}: {error}") from error
+    image = _read(record["file_name"], image_format, "image")
     if image.shape[:2] != (record.get("height", image.shape[0]), record.get("width", image.shape[1])):
         raise UserError(
             f"the image {record['file_name']} is {image.shape[1]}×{image.shape[0]}, "
@@ -45,10 +58,7 @@ def read_segments(record: dict) -> tuple[np.ndarray, list[int]]:
 
     Raises UserError with the file's name where the PNG cannot be read.
     """
-    try:
-        ids = rgb2id(detection_utils.read_image(record["pan_seg_file_name"], "RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"cannot read the panoptic PNG {record['pan_seg_file_name']}: {error}") from error
+    ids = rgb2id(_read(record["pan_seg_file_name"], "RGB", "panoptic PNG"))
     classes: list[int] = []
     stuff: dict[int, int] = {}
     label_of_id: dict[int, int] = {}

@@ -23,8 +23,8 @@ STRIDE = 32  # the coarsest map's; sides are padded to 32k + 1
 
 
 def padded_side(side: int) -> int:
-    """The next 32k + 1 at or above `side`, in pixels."""
-    return -(-(side - 1) // STRIDE) * STRIDE + 1
+    """The next 32k + 1 at or above `side`, in pixels; 33 at least."""
+    return max(1, -(-(side - 1) // STRIDE)) * STRIDE + 1
 
 
 @META_ARCH_REGISTRY.register()

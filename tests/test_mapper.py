@@ -1,0 +1,161 @@
+"""Augmentations keep image and labels together; the mapper gives what the model trains on."""
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import transforms as T
+from PIL import Image, ImageEnhance, ImageOps
+from small import options
+
+from kmax_d2.data import PanopticTestMapper, PanopticTrainMapper, color
+from kmax_d2.data.augmentation import RandomPadCrop, ResizeToFit
+from kmax_d2.data.datasets import coco_panoptic, shapes
+from kmax_d2.engine import load_config
+
+
+@pytest.fixture(autouse=True)
+def numpy_seeded():
+    np.random.seed(0)
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    shapes.write_split(folder, "val", 3, 9)
+    return coco_panoptic.load(str(folder / "panoptic_val.json"), str(folder / "val"), str(folder / "panoptic_val"))
+
+
+def labelled(height, width):
+    """An image whose every pixel says where it was, and labels that say the same."""
+    y, x = np.mgrid[:height, :width]
+    image = np.stack([y, x, np.zeros_like(y)], axis=-1).astype(np.uint8)
+    return image, (y * 3 + x * 5).astype(np.float32) + 1
+
+
+@pytest.mark.parametrize(
+    ("size", "fit", "expected"),
+    [((50, 100), (129, 129), (64, 129)), ((200, 100), (129, 129), (129, 64)), ((100, 200), (1025, 2049), (1024, 2049))],
+)
+def test_resize_to_fit_brings_the_longer_side_to_the_crop(size, fit, expected):
+    transform = ResizeToFit(fit).get_transform(np.zeros((*size, 3), np.uint8))
+    assert transform.apply_image(np.zeros((*size, 3), np.uint8)).shape[:2] == expected
+
+
+def test_resize_draws_evenly_spaced_scales():
+    augmentation = ResizeToFit((100, 100), (0.5, 2.0), 4)
+    image = np.zeros((10, 10, 3), np.uint8)
+    sides = {augmentation.get_transform(image).apply_image(image).shape[0] for _ in range(200)}
+    assert sides == {50, 100, 150, 200}
+
+
+@pytest.mark.parametrize("size", [(40, 90), (90, 40), (30, 30), (90, 90), (64, 64)])
+def test_pad_and_crop_move_image_and_labels_alike(size):
+    image, labels = labelled(*size)
+    offsets = set()
+    for _ in range(20):
+        inputs = T.AugInput(image, sem_seg=labels)
+        T.AugmentationList([RandomPadCrop((64, 64), 0)])(inputs)
+        assert inputs.image.shape == (64, 64, 3)
+        assert inputs.sem_seg.shape == (64, 64)
+        real = inputs.sem_seg > 0
+        assert (inputs.image[~real] == 127.5).all()
+        assert real.sum() == min(size[0], 64) * min(size[1], 64)
+        np.testing.assert_array_equal(
+            inputs.sem_seg[real], inputs.image[real][:, 0] * 3.0 + inputs.image[real][:, 1] * 5.0 + 1
+        )
+        offsets.add((tuple(np.argwhere(real)[0]), tuple(inputs.image[real][0])))
+    assert len(offsets) == 1 if size == (64, 64) else len(offsets) > 5
+
+
+def test_color_policy_draws_each_operation_by_its_own_probability():
+    image = np.random.RandomState(1).randint(0, 256, (8, 8, 3), dtype=np.uint8)
+    changed = sum(not isinstance(color.ColorPolicy().get_transform(image), T.NoOpTransform) for _ in range(4000))
+    # 1 - the mean over the pairs of (1 - p1)(1 - p2); Equalize has probability 0 in the second.
+    expected = 1 - np.mean([(1 - first.probability) * (1 - second.probability) for first, second in color.POLICY])
+    assert changed / 4000 == pytest.approx(expected, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "factor"), [("Contrast", 10, 1.9), ("Color", 9, 1.72), ("Sharpness", 1.4, 0.352)]
+)
+def test_levels_become_pillow_factors(name, level, factor):
+    image = Image.fromarray(np.random.RandomState(2).randint(0, 256, (9, 9, 3), dtype=np.uint8))
+    expected = getattr(ImageEnhance, name)(image).enhance(factor)
+    assert np.array_equal(color.pillow_operation(name, level)(image), expected)
+
+
+def test_solarize_and_equalize_are_pillows():
+    image = Image.fromarray(np.random.RandomState(3).randint(0, 256, (9, 9, 3), dtype=np.uint8))
+    assert np.array_equal(color.pillow_operation("Solarize", 7)(image), ImageOps.solarize(image, 179))
+    assert np.array_equal(color.pillow_operation("Equalize", 9)(image), ImageOps.equalize(image))
+
+
+def test_training_sample_has_the_annotated_masks(records):
+    cfg = load_config("", options(INPUT__CROP_SIZE=[161, 161], INPUT__FIT_CROP=False, INPUT__SCALE_RANGE=[1.0, 1.0]))
+    cfg.INPUT.RANDOM_FLIP = "none"
+    sample = PanopticTrainMapper(cfg)(records[0])
+    areas = torch.bincount(sample["segment_ids"].flatten() + 1)
+    assert areas[0] == 161 * 161 - records[0]["height"] * records[0]["width"]
+    assert areas[1:].tolist() == [segment["area"] for segment in records[0]["segments_info"]]
+    assert sample["segment_classes"].tolist() == [segment["category_id"] for segment in records[0]["segments_info"]]
+    assert sample["image"].shape == (3, 161, 161)
+
+
+def test_crowds_are_void_and_stuff_of_one_class_is_one_mask(records):
+    cfg = load_config("", options(INPUT__CROP_SIZE=[161, 161], INPUT__FIT_CROP=False, INPUT__SCALE_RANGE=[1.0, 1.0]))
+    segments = [dict(segment) for segment in records[0]["segments_info"]]
+    things = [segment for segment in segments if segment["isthing"]]
+    stuff = [segment for segment in segments if not segment["isthing"]]
+    things[0]["iscrowd"] = 1
+    stuff[1]["category_id"] = stuff[0]["category_id"]
+    sample = PanopticTrainMapper(cfg)(records[0] | {"segments_info": segments})
+    areas = torch.bincount(sample["segment_ids"].flatten() + 1)
+    assert len(sample["segment_classes"]) == len(segments) - 2
+    assert areas[0] == 161 * 161 - records[0]["height"] * records[0]["width"] + things[0]["area"]
+    merged = sample["segment_classes"].tolist().index(stuff[0]["category_id"])
+    assert areas[1 + merged] == stuff[0]["area"] + stuff[1]["area"]
+
+
+def test_more_masks_than_a_byte_counts(tmp_path):
+    ids = np.arange(1, 301).reshape(15, 20).repeat(4, 0).repeat(4, 1)
+    Image.fromarray(np.stack([ids % 256, ids // 256, 0 * ids], -1).astype(np.uint8)).save(tmp_path / "ids.png")
+    Image.new("RGB", (80, 60)).save(tmp_path / "image.png")
+    segments = [{"id": i, "category_id": 0, "isthing": True} for i in range(1, 301)]
+    record = {
+        "file_name": str(tmp_path / "image.png"),
+        "pan_seg_file_name": str(tmp_path / "ids.png"),
+        "segments_info": segments,
+    }
+    cfg = load_config("", options(INPUT__CROP_SIZE=[129, 129], INPUT__SCALE_RANGE=[1.0, 1.0]))
+    sample = PanopticTrainMapper(cfg)(record)
+    assert sorted(set(sample["segment_ids"].flatten().tolist())) == list(range(-1, 300))
+
+
+def test_same_seed_gives_the_same_sample(records):
+    mapper = PanopticTrainMapper(load_config("", options()))
+    samples = []
+    for seed in (7, 7, 8):
+        np.random.seed(seed)
+        samples.append(mapper(records[1]))
+    first, again, other = samples
+    assert torch.equal(first["image"], again["image"])
+    assert torch.equal(first["segment_ids"], again["segment_ids"])
+    assert not torch.equal(first["segment_ids"], other["segment_ids"])
+
+
+def test_test_sample_fits_the_crop_and_knows_its_original_size(records):
+    record = records[0]
+    sample = PanopticTestMapper(load_config("", options(INPUT__CROP_SIZE=[65, 65])))(record)
+    assert max(sample["image"].shape[1:]) == 65
+    assert (sample["height"], sample["width"]) == (record["height"], record["width"])
+    assert sample["image"].dtype == torch.uint8
+
+
+def test_exif_and_grey_images_are_read_as_a_person_sees_them(tmp_path):
+    grey = np.arange(60 * 40, dtype=np.uint8).reshape(60, 40)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees
+    Image.fromarray(grey).save(tmp_path / "turned.png", exif=exif)
+    sample = PanopticTestMapper(size=None)({"file_name": str(tmp_path / "turned.png")})
+    assert np.array_equal(sample["image"][0], np.rot90(grey, -1))
+    assert torch.equal(sample["image"][0], sample["image"][2])
