@@ -1,5 +1,6 @@
 """The k-means step against the product with the one-hot assignment."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -32,6 +33,24 @@ def test_update_is_the_one_hot_product():
     (update * weight).sum().backward()
     (expected * weight).sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("training", [False, True])
+def test_gradient_passes_a_norm(batch, training):
+    """The batch norm of some PyTorch releases misreads a gradient of unusual strides, without a word."""
+    norm = torch.nn.BatchNorm2d(4).train(training)
+    mask_logits = torch.randn(batch, 7, 6, 5)
+    ours = torch.randn(batch, 4, 6, 5, requires_grad=True)
+    theirs = ours.detach().clone().requires_grad_()
+    weight = torch.randn(batch, 7, 4)
+    (kmeans_update(kmeans_assign(mask_logits), norm(ours), 7) * weight).sum().backward()
+    mean, variance = torch.zeros(4), torch.ones(4)
+    if training:
+        mean, variance = theirs.mean((0, 2, 3)), theirs.var((0, 2, 3), unbiased=False)
+    normalised = (theirs - mean[:, None, None]) / (variance[:, None, None] + 1e-5).sqrt()
+    (plain_update(mask_logits, normalised) * weight).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_update_is_a_sum_and_not_a_mean():

@@ -61,6 +61,13 @@ def test_official_result(tag, num_classes):
 # --- a loop over the queries ---
 
 
+def placed(size, crop):
+    """How to ask for the first rows and columns alone: their size, and the share of the map that they span."""
+    if crop is None:
+        return size, (1.0, 1.0)
+    return crop, tuple((part - 1) / (whole - 1) for part, whole in zip(crop, size, strict=True))
+
+
 def plain_probability(mask_logits, size, crop=None):
     """(N, H, W) softmax of the upsampled logits, all at once."""
     full = F.interpolate(mask_logits[None], size, mode="bilinear", align_corners=True)[0].softmax(0)
@@ -163,7 +170,7 @@ def cases():
     results = []
     for seed in range(40):
         class_logits, mask_logits, size, crop, options = random_case(seed)
-        merged = MaskWiseMerging(IS_THING, **options)(class_logits, mask_logits, size, crop)
+        merged = MaskWiseMerging(IS_THING, **options)(class_logits, mask_logits, *placed(size, crop))
         results.append((merged, *merge_plainly(class_logits, mask_logits, size, crop, IS_THING, options, events)))
     return results, events
 
@@ -195,6 +202,30 @@ def test_segments_describe_the_map(cases, index):
     assert all(segment["isthing"] == IS_THING[segment["category_id"]] for segment in merged.segments)
     stuff = [segment["category_id"] for segment in merged.segments if not segment["isthing"]]
     assert len(stuff) == len(set(stuff))
+
+
+def two_masks_that_share_pixels():
+    """Masks of four pixels each in a row of six, sharing two; the first is the surer one."""
+    mask_logits = torch.zeros(3, 1, 6)
+    mask_logits[0, 0, :4] = 10
+    mask_logits[1, 0, 2:] = 10
+    class_logits = torch.zeros(3, 7)
+    class_logits[0, 0], class_logits[1, 2], class_logits[2, -1] = 10, 8, 10
+    return class_logits, mask_logits
+
+
+@pytest.mark.parametrize(("threshold", "expected"), [(0.49, [1, 1, 1, 1, 2, 2]), (0.5, [1, 1, 1, 1, 0, 0])])
+def test_share_of_free_pixels_must_exceed_its_threshold(threshold, expected):
+    merging = MaskWiseMerging(IS_THING, overlap_threshold=threshold, thing_area_limit=0)
+    assert merging(*two_masks_that_share_pixels(), (1, 6)).segment_ids.tolist() == [expected]
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(2, [1, 1, 1, 1, 2, 2]), (3, [1, 1, 1, 1, 0, 0]), (5, [0] * 6)])
+def test_segments_below_the_area_limit_become_void(limit, expected):
+    merging = MaskWiseMerging(IS_THING, overlap_threshold=0.0, thing_area_limit=limit)
+    result = merging(*two_masks_that_share_pixels(), (1, 6))
+    assert result.segment_ids.tolist() == [expected]
+    assert [segment["area"] for segment in result.segments] == [n for n in (expected.count(1), expected.count(2)) if n]
 
 
 def test_no_confident_query_gives_void():
@@ -249,7 +280,7 @@ def test_pixel_threshold_below_a_third_is_refused(threshold):
 )
 def test_top_two_queries(small, size, crop):
     mask_logits = torch.randn(6, *small) * 3
-    top = top_two_queries(mask_logits, size, crop)
+    top = top_two_queries(mask_logits, *placed(size, crop))
     probability = plain_probability(mask_logits, size, crop)
     best = probability.topk(2, dim=0)
     torch.testing.assert_close(top.probability, best.values, rtol=1e-4, atol=1e-5)

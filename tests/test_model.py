@@ -21,7 +21,9 @@ from kmax_d2.modeling import (
     KMaXTransformerDecoder,
 )
 from kmax_d2.modeling.backbones import KMaXResNet
+from kmax_d2.modeling.kmax_decoder import KMaXDecoderLayer
 from kmax_d2.modeling.kmeans import KMeansCrossAttention
+from kmax_d2.modeling.postprocess import resize_nearest
 
 NUM_CLASSES = 6
 THINGS = {0, 2, 3}
@@ -298,6 +300,13 @@ def test_area_limits_count_the_padded_crop(at_crop, limit, found):
     assert sum(segment["area"] for segment in segments) <= 400
 
 
+@pytest.mark.parametrize("size", [(13, 29), (33, 40), (50, 37), (20, 10)])
+def test_labels_are_resized_by_nearest_pixel_centers(size):
+    labels = torch.arange(30 * 40).view(30, 40)
+    expected = F.interpolate(labels[None, None, :20, :33].double(), size, mode="nearest-exact")[0, 0].long()
+    assert torch.equal(resize_nearest(labels, (20, 33), size), expected)
+
+
 # --- predict ---
 
 
@@ -409,6 +418,56 @@ def test_gradients_reach_every_parameter():
     dead = {name: value for name, value in largest.items() if not name.endswith(NO_EFFECT) and value < 1e-5}
     assert dead == {}
     assert max(value for name, value in largest.items() if name.endswith(NO_EFFECT)) < 1e-5
+
+
+def test_gradient_of_a_decoder_is_its_slope():
+    """Of everything that a decoder gives, along one direction in the centers and one in the pixels."""
+    layer = KMaXDecoderLayer(
+        8, 16, 5, ffn_channels=32, key_channels=16, num_heads=8, feature_channels=8, drop_path=0.0, norm="BN"
+    ).eval()
+    for module in layer.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    layer.predictor.class_head.weight.data.mul_(30)
+    centers, pixels = torch.randn(1, 4, 16), torch.randn(1, 8, 3, 3)
+    weights = []
+
+    def given(centers, pixels):
+        updated, prediction = layer(centers, pixels, True)
+        outputs = (updated, *prediction)
+        if not weights:
+            weights.extend(torch.randn_like(output) for output in outputs)
+        return torch.stack([(weight * output).sum() for weight, output in zip(weights, outputs, strict=True)])
+
+    def slopes(function, x):
+        direction, step = torch.randn_like(x), 1e-3
+        jacobian = torch.autograd.functional.jacobian(function, x).flatten(1)
+        with torch.no_grad():
+            numeric = (function(x + step * direction) - function(x - step * direction)) / (2 * step)
+        return jacobian @ direction.flatten(), numeric
+
+    for function, x in ((lambda c: given(c, pixels), centers), (lambda p: given(centers, p), pixels)):
+        exact, numeric = slopes(function, x)
+        assert (exact.abs() > 0.1).sum() == 3  # classes do not look at pixels, nor features at centers
+        torch.testing.assert_close(exact, numeric, rtol=0.02, atol=0.02)
+
+
+def test_one_image_learns_what_two_equal_ones_do():
+    """Their batch statistics are the same, and so must the gradients be."""
+    model = build(
+        *("MODEL.KMAX.TRANSFORMER_DECODER.DROP_PATH", 0.0),
+        *("MODEL.KMAX.LOSS.SEMANTIC_WEIGHT", 0.0),  # its pooled pixel is alone in a batch of one
+        *("MODEL.KMAX.LOSS.NUM_SAMPLES", 1000),
+    ).train()
+    gradients = []
+    for count in (1, 2):
+        model.zero_grad()
+        sum(model([sample(65, 65)] * count).values()).backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    alone, together = gradients
+    for name, gradient in together.items():
+        error = (alone[name] - gradient).abs().max()
+        assert error <= 1e-4 + 0.02 * gradient.abs().max(), name
 
 
 def test_a_step_along_the_gradient_lowers_the_loss():

@@ -76,6 +76,17 @@ class Criterion(nn.Module):
         Returns:
             "loss_<term>" of the final prediction, "loss_<term>_<i>" of the i-th auxiliary one, and "loss_semantic".
         """
+        # Sums over a whole map need float32, also under autocast.
+        with torch.autocast(final.mask_logits.device.type, enabled=False):
+            return self._losses(_float(final), [_float(p) for p in auxiliary], semantic_logits, targets)
+
+    def _losses(
+        self,
+        final: Prediction,
+        auxiliary: Sequence[Prediction],
+        semantic_logits: torch.Tensor | None,
+        targets: Targets,
+    ) -> dict[str, torch.Tensor]:
         size = final.mask_logits.shape[-2:]
         matching = match(final.class_logits, final.mask_logits.flatten(2), targets)
         losses = self._terms(final, targets, matching, size)
@@ -84,7 +95,7 @@ class Criterion(nn.Module):
             losses.update({f"{name}_{index}": value for name, value in terms.items()})
         if semantic_logits is not None:
             pixels = sample_pixels(targets, self.num_samples, self.semantic_temperature)
-            losses["loss_semantic"] = semantic_loss(resize(semantic_logits, size).flatten(2), pixels, targets)
+            losses["loss_semantic"] = semantic_loss(resize(semantic_logits.float(), size).flatten(2), pixels, targets)
         return {name: self._weight(name) * value.mean() for name, value in losses.items()}
 
     def _weight(self, name: str) -> float:
@@ -93,7 +104,7 @@ class Criterion(nn.Module):
     def _terms(
         self, prediction: Prediction, targets: Targets, matching: Matching, size: tuple[int, int]
     ) -> dict[str, torch.Tensor]:
-        mask_logits = resize(prediction.mask_logits.float(), size).flatten(2)
+        mask_logits = resize(prediction.mask_logits, size).flatten(2)
         log_partition = mask_logits.logsumexp(1)
         pixels = sample_pixels(targets, self.num_samples, self.instance_temperature)
         return {
@@ -102,6 +113,10 @@ class Criterion(nn.Module):
             "loss_mask_id": mask_id_loss(mask_logits, log_partition, targets, matching),
             "loss_instance": instance_discrimination_loss(prediction.pixel_feature, pixels, targets, size),
         }
+
+
+def _float(prediction: Prediction) -> Prediction:
+    return Prediction(*(tensor.float() for tensor in prediction))
 
 
 def make_targets(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
@@ -249,16 +248,12 @@ class KMaXDeepLab(nn.Module):
         """The results of one image at its original size."""
         real = tuple(image.shape[-2:])
         original = (inputs.get("height", real[0]), inputs.get("width", real[1]))
-        mask_logits = prediction.mask_logits[row]
+        class_logits, mask_logits = prediction.class_logits[row], prediction.mask_logits[row]
         if self.merge_at_crop:
-            merged = self.merging(prediction.class_logits[row], mask_logits, padded)
+            merged = self.merging(class_logits, mask_logits, padded)
         else:
-            if original != real:
-                mask_logits = F.interpolate(mask_logits[None].float(), padded, mode="bilinear", align_corners=True)[
-                    ..., : real[0], : real[1]
-                ][0]
-                padded = original
-            merged = self.merging(prediction.class_logits[row], mask_logits, padded, crop=original)
+            extent = tuple((r - 1) / (p - 1) for r, p in zip(real, padded, strict=True))
+            merged = self.merging(class_logits, mask_logits, original, extent)
             real = original
         result = {}
         if "panoptic" in self.outputs:

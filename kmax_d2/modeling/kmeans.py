@@ -29,7 +29,8 @@ def kmeans_update(assignment: torch.Tensor, values: torch.Tensor, num_clusters: 
         (B, N, C) sums; zero for a cluster without pixels.
     """
     batch, channels = values.shape[:2]
-    rows = values.flatten(2).transpose(1, 2).reshape(-1, channels)
+    # Not flatten and transpose: PyTorch's batch norm misreads the gradient's strides of that, on CPUs, for one image.
+    rows = values.permute(0, 2, 3, 1).reshape(-1, channels)
     first_row = torch.arange(batch, device=values.device)[:, None] * num_clusters
     index = (assignment.flatten(1) + first_row).flatten()
     sums = values.new_zeros(batch * num_clusters, channels).index_add(0, index, rows)

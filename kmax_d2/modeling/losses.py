@@ -37,7 +37,7 @@ def pq_class_loss(
     target[at] = targets.classes[matching.image, matching.segment]
     weight = UNMATCHED_WEIGHT * matching.void_share.clamp_min(min_weight)
     weight[at] = MATCHED_WEIGHT * matching.dice.clamp_min(min_weight)
-    losses = F.cross_entropy(class_logits.float().transpose(1, 2), target, reduction="none")
+    losses = F.cross_entropy(class_logits.transpose(1, 2), target, reduction="none")
     return _mean_of_nonzero(losses * weight)
 
 
@@ -161,7 +161,7 @@ def instance_discrimination_loss(
         targets: ground truth with P = H · W.
         size: (H, W) of the targets' map.
     """
-    features = sample_features(pixel_feature.float(), pixels, size)
+    features = sample_features(pixel_feature, pixels, size)
     segment_ids = targets.segment_ids.gather(1, pixels)
     counts = _sums_by_segment(torch.ones_like(features[..., :1]), segment_ids, targets)
     centroids = _sums_by_segment(features, segment_ids, targets) / counts
@@ -180,4 +180,4 @@ def semantic_loss(logits: torch.Tensor, pixels: torch.Tensor, targets: Targets) 
     segment_ids = targets.segment_ids.gather(1, pixels)
     classes = targets.classes.gather(1, segment_ids.clamp_min(0)).where(segment_ids != VOID, VOID)
     logits = logits.gather(2, pixels[:, None].expand(-1, logits.shape[1], -1))
-    return _mean_of_nonzero(F.cross_entropy(logits.float(), classes, reduction="none", ignore_index=VOID))
+    return _mean_of_nonzero(F.cross_entropy(logits, classes, reduction="none", ignore_index=VOID))

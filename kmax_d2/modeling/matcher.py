@@ -56,7 +56,7 @@ def match(class_logits: torch.Tensor, mask_logits: torch.Tensor, targets: Target
         mask_logits: (B, N, P).
         targets: ground truth with S masks at most in an image.
     """
-    probability = mask_logits.float().softmax(dim=1)
+    probability = mask_logits.softmax(dim=1)
     total = probability.sum(2)
     valid = (targets.segment_ids != VOID).float()
     on_valid = torch.bmm(probability, valid[..., None])[..., 0]
@@ -64,7 +64,7 @@ def match(class_logits: torch.Tensor, mask_logits: torch.Tensor, targets: Target
     intersection = torch.bmm(probability, masks)  # (B, N, S)
     area = masks.sum(1)
     dice = intersection / ((on_valid[:, :, None] + area[:, None, :]) / 2 + EPS)
-    class_probability = class_logits.float().softmax(dim=2)
+    class_probability = class_logits.softmax(dim=2)
     class_probability = class_probability.gather(
         2, targets.classes.clamp_min(0)[:, None, :].expand(-1, class_logits.shape[1], -1)
     )

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 ROWS_AT_ONCE = 32
 
@@ -46,7 +45,19 @@ class Segmentation(NamedTuple):
     top_two: TopTwo
 
 
-def top_two_queries(mask_logits: torch.Tensor, size: tuple[int, int], crop: tuple[int, int] | None = None) -> TopTwo:
+def _interpolation(
+    positions: int, pixels: int, extent: float, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """For each pixel along one axis of a resized map the two positions that it lies between, and how far."""
+    last = positions - 1
+    place = torch.arange(pixels, device=device) * (last * extent / max(pixels - 1, 1))
+    before = place.long().clamp_max(last)
+    return before, (before + 1).clamp_max(last), place - before
+
+
+def top_two_queries(
+    mask_logits: torch.Tensor, size: tuple[int, int], extent: tuple[float, float] = (1.0, 1.0)
+) -> TopTwo:
     """Upsamples logits bilinearly (aligned corners) and keeps each pixel's two best queries.
 
     Works on a few rows at a time: the (N, H, W) logits are never whole in memory.
@@ -54,26 +65,20 @@ def top_two_queries(mask_logits: torch.Tensor, size: tuple[int, int], crop: tupl
     Args:
         mask_logits: (N, h, w) with N ≥ 2.
         size: (H, W) to upsample to.
-        crop: keep the first rows and columns only; None keeps all.
+        extent: the share of the map's height and width that the pixels span; less than 1 leaves padding out.
     """
-    height, width = size
-    rows, columns = crop or size
-    mask_logits = mask_logits.float()
-    last = mask_logits.shape[1] - 1
-    position = torch.arange(rows, device=mask_logits.device) * (last / max(height - 1, 1))
-    above = position.floor().long().clamp_max(last)
-    below = (above + 1).clamp_max(last)
-    fraction = (position - above)[None, :, None]
+    logits = mask_logits.float().permute(1, 2, 0).contiguous()
+    above, below, down = _interpolation(logits.shape[0], size[0], extent[0], logits.device)
+    left, right, across = _interpolation(logits.shape[1], size[1], extent[1], logits.device)
     queries, probabilities = [], []
-    for start in range(0, rows, ROWS_AT_ONCE):
+    for start in range(0, size[0], ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
-        strip = torch.lerp(mask_logits[:, above[part]], mask_logits[:, below[part]], fraction[:, part])
-        strip = F.interpolate(strip[None], (strip.shape[1], width), mode="bilinear", align_corners=True)[0]
-        strip = strip[..., :columns]
-        best, first = strip.max(0)
-        strip = (strip - best).exp_()
-        partition = strip.sum(0)
-        runner_up, second = strip.scatter_(0, first[None], -1.0).max(0)
+        strip = torch.lerp(logits[above[part]], logits[below[part]], down[part, None, None])
+        strip = torch.lerp(strip[:, left], strip[:, right], across[:, None])
+        best, first = strip.max(-1)
+        strip = (strip - best[..., None]).exp_()
+        partition = strip.sum(-1)
+        runner_up, second = strip.scatter_(-1, first[..., None], -1.0).max(-1)
         queries.append(torch.stack([first, second]))
         probabilities.append(torch.stack([1 / partition, runner_up / partition]))
     return TopTwo(torch.cat(queries, 1), torch.cat(probabilities, 1))
@@ -123,7 +128,7 @@ class MaskWiseMerging:
         class_logits: torch.Tensor,
         mask_logits: torch.Tensor,
         size: tuple[int, int],
-        crop: tuple[int, int] | None = None,
+        extent: tuple[float, float] = (1.0, 1.0),
     ) -> Segmentation:
         """Merges one image.
 
@@ -131,13 +136,14 @@ class MaskWiseMerging:
             class_logits: (N, K + 1), void last.
             mask_logits: (N, h, w).
             size: (H, W) of the map to merge on.
-            crop: merge the first rows and columns of it only; None merges all.
+            extent: the share of the mask logits' height and width that it spans.
         """
+        class_logits, mask_logits = class_logits.detach(), mask_logits.detach()
         num_queries = class_logits.shape[0]
         confidence, query_class = class_logits.float().softmax(1)[:, :-1].max(1)
         mask_score = self._mask_score(mask_logits)
         order = torch.argsort(confidence**self.class_power * mask_score**self.mask_power, descending=True, stable=True)
-        top_two = top_two_queries(mask_logits, size, crop)
+        top_two = top_two_queries(mask_logits, size, extent)
         above = top_two.probability > self.pixel_threshold
         first, second = top_two.query
         # Masks meet only where the runner-up is above the threshold, and there the best is too.
