@@ -142,8 +142,9 @@ def test_every_prediction_draws_its_own_sample(monkeypatch):
     )
     criterion = Criterion(num_samples=20, instance_temperature=1.2, semantic_temperature=2.3)
     criterion(prediction, [prediction] * 2, torch.randn(2, 8, 6, 10), random_targets())
-    assert [temperature for temperature, _ in drawn] == [1.2, 1.2, 1.2, 2.3]
-    assert len({tuple(pixels.flatten().tolist()) for _, pixels in drawn}) == 4
+    assert [temperature for temperature, _ in drawn] == [1.2, 2.3]
+    samples = [*drawn[0][1].chunk(3), drawn[1][1]]
+    assert len({tuple(pixels.flatten().tolist()) for pixels in samples}) == 4
 
 
 # --- instance discrimination and semantic term ---
@@ -171,7 +172,8 @@ def test_instance_discrimination_is_cross_entropy_of_explicit_targets(num_sample
     # Not of unit length: nothing in the loss normalises again.
     ours = (torch.randn(2, 6, *size) * 0.5).requires_grad_()
     theirs = ours.detach().double().requires_grad_()
-    value = losses.instance_discrimination_loss(ours, pixels, targets, (6, 10))
+    features = losses.sample_features(ours, pixels, (6, 10))
+    value = losses.instance_discrimination_loss(features, pixels, targets)
     resized = F.interpolate(theirs, (6, 10), mode="bilinear", align_corners=True).flatten(2)
     expected = plain_instance_loss(resized, pixels, targets)
     torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
@@ -193,7 +195,9 @@ def test_sampled_features_are_those_of_the_resized_map(small, size):
     torch.testing.assert_close(losses.sample_features(feature, pixels, size), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_row_log_sum_exp_gradient():
+@pytest.mark.parametrize("at_once", [losses.SIMILARITIES_AT_ONCE, 30])
+def test_row_log_sum_exp_gradient(monkeypatch, at_once):
+    monkeypatch.setattr(losses, "SIMILARITIES_AT_ONCE", at_once)
     features = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(losses._RowLogSumExp.apply, features)
 
@@ -202,7 +206,8 @@ def test_semantic_loss_is_cross_entropy_of_sampled_pixels():
     targets = random_targets()
     logits = torch.randn(2, 8, 60)
     pixels = losses.sample_pixels(targets, 58, 2.0)
-    value = losses.semantic_loss(logits, pixels, targets)
+    sampled = torch.stack([image[:, chosen].T for image, chosen in zip(logits, pixels, strict=True)])
+    value = losses.semantic_loss(sampled, pixels, targets)
     for image in range(2):
         terms = []
         for pixel in pixels[image].tolist():

@@ -13,10 +13,11 @@ from .losses import (
     mask_id_loss,
     pq_class_loss,
     pq_mask_loss,
+    sample_features,
     sample_pixels,
     semantic_loss,
 )
-from .matcher import VOID, Matching, Targets, match
+from .matcher import VOID, Targets, match
 from .predictor import Prediction
 
 
@@ -78,45 +79,45 @@ class Criterion(nn.Module):
         """
         # Sums over a whole map need float32, also under autocast.
         with torch.autocast(final.mask_logits.device.type, enabled=False):
-            return self._losses(_float(final), [_float(p) for p in auxiliary], semantic_logits, targets)
+            predictions = [Prediction(*(tensor.float() for tensor in p)) for p in (final, *auxiliary)]
+            losses = self._matched_losses(predictions, targets)
+            if semantic_logits is not None:
+                losses["loss_semantic"] = self._semantic_loss(semantic_logits.float(), targets, final)
+        return losses
 
-    def _losses(
-        self,
-        final: Prediction,
-        auxiliary: Sequence[Prediction],
-        semantic_logits: torch.Tensor | None,
-        targets: Targets,
-    ) -> dict[str, torch.Tensor]:
+    def _matched_losses(self, predictions: Sequence[Prediction], targets: Targets) -> dict[str, torch.Tensor]:
+        """Every term of every prediction, the final one first; all go through each term as one batch."""
+        final, count = predictions[0], len(predictions)
         size = final.mask_logits.shape[-2:]
-        matching = match(final.class_logits, final.mask_logits.flatten(2), targets)
-        losses = self._terms(final, targets, matching, size)
-        for index, prediction in enumerate(auxiliary):
-            terms = self._terms(prediction, targets, matching, size)
-            losses.update({f"{name}_{index}": value for name, value in terms.items()})
-        if semantic_logits is not None:
-            pixels = sample_pixels(targets, self.num_samples, self.semantic_temperature)
-            losses["loss_semantic"] = semantic_loss(resize(semantic_logits.float(), size).flatten(2), pixels, targets)
-        return {name: self._weight(name) * value.mean() for name, value in losses.items()}
-
-    def _weight(self, name: str) -> float:
-        return self.weights[name.rstrip("_0123456789")]
-
-    def _terms(
-        self, prediction: Prediction, targets: Targets, matching: Matching, size: tuple[int, int]
-    ) -> dict[str, torch.Tensor]:
-        mask_logits = resize(prediction.mask_logits, size).flatten(2)
+        matching = match(final.class_logits, final.mask_logits.flatten(2), targets).repeat(count)
+        targets = targets.repeat(count)
+        class_logits = torch.cat([p.class_logits for p in predictions])
+        mask_logits = torch.cat([resize(p.mask_logits, size).flatten(2) for p in predictions])
         log_partition = mask_logits.logsumexp(1)
         pixels = sample_pixels(targets, self.num_samples, self.instance_temperature)
-        return {
-            "loss_pq_class": pq_class_loss(prediction.class_logits, targets, matching, self.min_pq_weight),
-            "loss_pq_mask": pq_mask_loss(mask_logits, log_partition, targets, matching, self.min_pq_weight),
+        features = torch.cat(
+            [
+                sample_features(p.pixel_feature, own, size)
+                for p, own in zip(predictions, pixels.chunk(count), strict=True)
+            ]
+        )
+        floor = self.min_pq_weight
+        terms = {
+            "loss_pq_class": pq_class_loss(class_logits, targets, matching, floor),
+            "loss_pq_mask": pq_mask_loss(mask_logits, log_partition, targets, matching, floor),
             "loss_mask_id": mask_id_loss(mask_logits, log_partition, targets, matching),
-            "loss_instance": instance_discrimination_loss(prediction.pixel_feature, pixels, targets, size),
+            "loss_instance": instance_discrimination_loss(features, pixels, targets),
         }
+        means = {name: self.weights[name] * term.view(count, -1).mean(1) for name, term in terms.items()}
+        losses = {name: values[0] for name, values in means.items()}
+        for index in range(1, count):
+            losses |= {f"{name}_{index - 1}": values[index] for name, values in means.items()}
+        return losses
 
-
-def _float(prediction: Prediction) -> Prediction:
-    return Prediction(*(tensor.float() for tensor in prediction))
+    def _semantic_loss(self, logits: torch.Tensor, targets: Targets, final: Prediction) -> torch.Tensor:
+        pixels = sample_pixels(targets, self.num_samples, self.semantic_temperature)
+        sampled = sample_features(logits, pixels, final.mask_logits.shape[-2:])
+        return self.weights["loss_semantic"] * semantic_loss(sampled, pixels, targets).mean()
 
 
 def make_targets(

@@ -14,6 +14,7 @@ MATCHED_WEIGHT = 0.75
 UNMATCHED_WEIGHT = 0.25
 DICE_SMOOTH = 1.0
 TEMPERATURE = 0.3
+SIMILARITIES_AT_ONCE = 2**25
 
 
 def _mean_of_nonzero(losses: torch.Tensor) -> torch.Tensor:
@@ -117,25 +118,34 @@ class _RowLogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, features: torch.Tensor) -> torch.Tensor:
-        similarity = torch.bmm(features, features.transpose(1, 2)).div_(TEMPERATURE)
-        log_partition = similarity.logsumexp(2)
+        log_partition = torch.cat([_similarity(part).logsumexp(2) for part in _parts(features)])
         ctx.save_for_backward(features, log_partition)
         return log_partition
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
-        features, log_partition = ctx.saved_tensors
-        similarity = torch.bmm(features, features.transpose(1, 2)).div_(TEMPERATURE)
-        weight = similarity.sub_(log_partition[..., None]).exp_().mul_(grad[..., None])
-        # Every feature stands in its own row and in everybody's column.
-        return (torch.bmm(weight, features) + torch.bmm(weight.transpose(1, 2), features)) / TEMPERATURE
+        grads = []
+        for part, log_partition, weight in zip(*(_parts(t) for t in (*ctx.saved_tensors, grad)), strict=True):
+            weight = _similarity(part).sub_(log_partition[..., None]).exp_().mul_(weight[..., None])
+            # Every feature stands in its own row and in everybody's column.
+            grads.append(torch.baddbmm(torch.bmm(weight, part), weight.transpose(1, 2), part).div_(TEMPERATURE))
+        return torch.cat(grads)
 
 
-def sample_features(pixel_feature: torch.Tensor, pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def _similarity(features: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(features, features.transpose(1, 2)).div_(TEMPERATURE)
+
+
+def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Splits a batch (B, k, ...) so that the similarities of each part fit into a fixed memory."""
+    return tensor.split(max(1, SIMILARITIES_AT_ONCE // tensor.shape[1] ** 2))
+
+
+def sample_features(feature_map: torch.Tensor, pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Features at some pixels of the resized map, without resizing it all (bilinear, aligned corners).
 
     Args:
-        pixel_feature: (B, C, h, w).
+        feature_map: (B, C, h, w), of any size.
         pixels: (B, k) indices into the H · W pixels of a map of `size` (H, W).
 
     Returns:
@@ -143,25 +153,21 @@ def sample_features(pixel_feature: torch.Tensor, pixels: torch.Tensor, size: tup
     """
     height, width = size
     position = torch.stack([pixels % width / max(width - 1, 1), pixels // width / max(height - 1, 1)], dim=2)
-    grid = 2 * position[:, None].to(pixel_feature.dtype) - 1
-    return F.grid_sample(pixel_feature, grid, align_corners=True, padding_mode="border")[:, :, 0].transpose(1, 2)
+    grid = 2 * position[:, None].to(feature_map.dtype) - 1
+    return F.grid_sample(feature_map, grid, align_corners=True, padding_mode="border")[:, :, 0].transpose(1, 2)
 
 
-def instance_discrimination_loss(
-    pixel_feature: torch.Tensor, pixels: torch.Tensor, targets: Targets, size: tuple[int, int]
-) -> torch.Tensor:
+def instance_discrimination_loss(features: torch.Tensor, pixels: torch.Tensor, targets: Targets) -> torch.Tensor:
     """Pixel-wise instance discrimination: pixels of one mask shall be alike, those of others not.
 
     The cross-entropy of row i against equal targets on the pixels of i's mask is log Σ_j exp(f_i·f_j/T) - f_i·c/T,
     c being the mean feature of that mask. A void pixel has no row, but is a column.
 
     Args:
-        pixel_feature: (B, C, h, w), of any size.
-        pixels: (B, k) the sampled pixels.
-        targets: ground truth with P = H · W.
-        size: (H, W) of the targets' map.
+        features: (B, k, C) features of the sampled pixels.
+        pixels: (B, k) these pixels.
+        targets: ground truth.
     """
-    features = sample_features(pixel_feature, pixels, size)
     segment_ids = targets.segment_ids.gather(1, pixels)
     counts = _sums_by_segment(torch.ones_like(features[..., :1]), segment_ids, targets)
     centroids = _sums_by_segment(features, segment_ids, targets) / counts
@@ -173,11 +179,11 @@ def semantic_loss(logits: torch.Tensor, pixels: torch.Tensor, targets: Targets) 
     """Cross-entropy of the sampled pixels, void left out.
 
     Args:
-        logits: (B, K + 1, P).
-        pixels: (B, k) the sampled pixels.
+        logits: (B, k, K + 1) logits of the sampled pixels.
+        pixels: (B, k) these pixels.
         targets: ground truth.
     """
     segment_ids = targets.segment_ids.gather(1, pixels)
     classes = targets.classes.gather(1, segment_ids.clamp_min(0)).where(segment_ids != VOID, VOID)
-    logits = logits.gather(2, pixels[:, None].expand(-1, logits.shape[1], -1))
-    return _mean_of_nonzero(F.cross_entropy(logits, classes, reduction="none", ignore_index=VOID))
+    losses = F.cross_entropy(logits.transpose(1, 2), classes, reduction="none", ignore_index=VOID)
+    return _mean_of_nonzero(losses)

@@ -22,6 +22,10 @@ class Targets(NamedTuple):
     segment_ids: torch.Tensor
     classes: torch.Tensor
 
+    def repeat(self, count: int) -> Targets:
+        """The same for `count` batches, one after the other."""
+        return Targets(self.segment_ids.repeat(count, 1), self.classes.repeat(count, 1))
+
 
 class Matching(NamedTuple):
     """T matched pairs over the whole batch, and how well each fits. No gradient passes.
@@ -39,6 +43,13 @@ class Matching(NamedTuple):
     dice: torch.Tensor
     class_probability: torch.Tensor
     void_share: torch.Tensor
+
+    def repeat(self, count: int) -> Matching:
+        """The same for `count` batches, one after the other."""
+        batch = len(self.void_share)
+        first_image = torch.arange(count, device=self.image.device).repeat_interleave(len(self.image)) * batch
+        pairs = [part.repeat(count) for part in self[:-1]]
+        return Matching(pairs[0] + first_image, *pairs[1:], self.void_share.repeat(count, 1))
 
 
 def one_hot_masks(targets: Targets) -> torch.Tensor:
