@@ -14,7 +14,7 @@ MATCHED_WEIGHT = 0.75
 UNMATCHED_WEIGHT = 0.25
 DICE_SMOOTH = 1.0
 TEMPERATURE = 0.3
-SIMILARITIES_AT_ONCE = 2**25
+SIMILARITIES_AT_ONCE = 2**21  # a block that stays in a processor's cache
 
 
 def _mean_of_nonzero(losses: torch.Tensor) -> torch.Tensor:
@@ -114,31 +114,37 @@ def sample_pixels(targets: Targets, num_samples: int, temperature: float) -> tor
 
 
 class _RowLogSumExp(torch.autograd.Function):
-    """log Σ_j exp(f_i · f_j / T) for every i, without keeping the (k, k) similarities for the backward pass."""
+    """log Σ_j exp(f_i · f_j / T) for every i of (B, k, C) features whose squared lengths stay well below 80 T.
+
+    The (k, k) similarities are made a few rows at a time, and anew in the backward pass.
+    """
 
     @staticmethod
     def forward(ctx, features: torch.Tensor) -> torch.Tensor:
-        log_partition = torch.cat([_similarity(part).logsumexp(2) for part in _parts(features)])
-        ctx.save_for_backward(features, log_partition)
-        return log_partition
+        partition = torch.cat([_exp_similarity(features, rows).sum(2) for rows in _row_blocks(features)], dim=1)
+        ctx.save_for_backward(features, partition)
+        return partition.log()
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
-        grads = []
-        for part, log_partition, weight in zip(*(_parts(t) for t in (*ctx.saved_tensors, grad)), strict=True):
-            weight = _similarity(part).sub_(log_partition[..., None]).exp_().mul_(weight[..., None])
-            # Every feature stands in its own row and in everybody's column.
-            grads.append(torch.baddbmm(torch.bmm(weight, part), weight.transpose(1, 2), part).div_(TEMPERATURE))
-        return torch.cat(grads)
+        features, partition = ctx.saved_tensors
+        # Every feature stands in its own row and in everybody's column, and the similarity is symmetric.
+        share = grad / partition
+        blocks = []
+        for rows in _row_blocks(features):
+            weight = _exp_similarity(features, rows).mul_(share[:, rows, None] + share[:, None])
+            blocks.append(torch.bmm(weight, features))
+        return torch.cat(blocks, dim=1).div_(TEMPERATURE)
 
 
-def _similarity(features: torch.Tensor) -> torch.Tensor:
-    return torch.bmm(features, features.transpose(1, 2)).div_(TEMPERATURE)
+def _row_blocks(features: torch.Tensor) -> list[slice]:
+    batch, samples = features.shape[:2]
+    step = max(1, SIMILARITIES_AT_ONCE // (batch * samples))
+    return [slice(start, start + step) for start in range(0, samples, step)]
 
 
-def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Splits a batch (B, k, ...) so that the similarities of each part fit into a fixed memory."""
-    return tensor.split(max(1, SIMILARITIES_AT_ONCE // tensor.shape[1] ** 2))
+def _exp_similarity(features: torch.Tensor, rows: slice) -> torch.Tensor:
+    return torch.bmm(features[:, rows] / TEMPERATURE, features.transpose(1, 2)).exp_()
 
 
 def sample_features(feature_map: torch.Tensor, pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
