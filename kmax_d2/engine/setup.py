@@ -90,6 +90,8 @@ def _option_names(node: CfgNode, prefix: str = "") -> Iterator[str]:
 
 def setup(args: argparse.Namespace) -> CfgNode:
     """The frozen config of a command line: own data registered, classes counted, device and batch norm chosen."""
+    if args.config_file:
+        args.config_file = str(config_file(args.config_file))  # Detectron2 reads the file too, for the log
     cfg = load_config(args.config_file, args.opts)
     for name, files in (("OWN_TRAIN", args.train_data), ("OWN_TEST", args.test_data)):
         if files:
