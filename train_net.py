@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 
-import torch
 from detectron2.engine import default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
@@ -36,8 +35,6 @@ def run(args: argparse.Namespace) -> dict:
 
 def main() -> None:
     args = argument_parser().parse_args()
-    if not torch.cuda.is_available():
-        print("No GPU found: running on the CPU.")
     launch(
         run,
         args.num_gpus,

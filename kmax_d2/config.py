@@ -36,7 +36,7 @@ def add_kmax_config(cfg: CfgNode) -> None:
     cfg.MODEL.PIXEL_STD = [127.5, 127.5, 127.5]
 
     kmax = cfg.MODEL.KMAX = CfgNode()
-    kmax.NUM_CLASSES = 0  # without void; 0 takes it from the dataset
+    kmax.NUM_CLASSES = 133  # without void; 0 takes it from the dataset, and own data always give theirs
     kmax.NORM = "SyncBN"  # batch norm of every part; on CPUs the matching one is taken
 
     kmax.RESNET = CfgNode()

@@ -127,9 +127,15 @@ def test_category_that_is_not_defined(data):
         load(data)
 
 
-def test_number_of_classes_that_contradicts_the_dataset(data):
-    with pytest.raises(UserError, match=r"NUM_CLASSES is 5, but .* has 9 classes"):
-        setup(arguments(opts=["MODEL.KMAX.NUM_CLASSES", 5], data=data))
+def test_number_of_classes_that_contradicts_the_dataset():
+    opts = ["DATASETS.TRAIN", "('shapes_train',)", "MODEL.KMAX.NUM_CLASSES"]
+    with pytest.raises(UserError, match=r"NUM_CLASSES is 5, but shapes_train has 9 classes"):
+        setup(arguments(opts=[*opts, 5]))
+    assert setup(arguments(opts=[*opts, 0])).MODEL.KMAX.NUM_CLASSES == 9
+
+
+def test_own_data_give_the_number_of_classes(data):
+    assert setup(arguments("coco/r50", data=data)).MODEL.KMAX.NUM_CLASSES == 9
 
 
 @pytest.mark.parametrize("kind", ["file_name", "pan_seg_file_name"])

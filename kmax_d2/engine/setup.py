@@ -117,6 +117,7 @@ def prepare_datasets(cfg: CfgNode) -> None:
         name = f"{Path(json_file).absolute().parent.name}_{Path(json_file).stem}"
         coco_panoptic.register(name, images, pngs, json_file)
         cfg.DATASETS[split] = (name,)
+        cfg.MODEL.KMAX.NUM_CLASSES = 0
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
     for name in names:
         if name not in DatasetCatalog:
@@ -135,7 +136,7 @@ def prepare_datasets(cfg: CfgNode) -> None:
                 "leave it 0 to take it from the dataset"
             )
         cfg.MODEL.KMAX.NUM_CLASSES = count
-    if cfg.MODEL.KMAX.NUM_CLASSES == 0:
+    elif cfg.MODEL.KMAX.NUM_CLASSES == 0:
         raise UserError("the number of classes is unknown: name a dataset or set MODEL.KMAX.NUM_CLASSES")
 
 

@@ -86,6 +86,8 @@ class KMaXDeepLab(nn.Module):
     @classmethod
     def from_config(cls, cfg) -> dict:
         kmax, loss, test = cfg.MODEL.KMAX, cfg.MODEL.KMAX.LOSS, cfg.MODEL.KMAX.TEST
+        if kmax.NUM_CLASSES < 1:
+            raise ValueError("MODEL.KMAX.NUM_CLASSES is not set, and only kmax_d2.engine.setup takes it from a dataset")
         backbone = build_backbone(cfg)
         shape = backbone.output_shape()
         pixel_decoder = PIXEL_DECODER_REGISTRY.get(kmax.PIXEL_DECODER.NAME)(cfg, shape)

@@ -73,9 +73,11 @@ class Predictor(nn.Module):
     ) -> Prediction:
         """Pixels (B, C, H, W) and two embeddings of the centers (B, N, D) to a :class:`Prediction`."""
         feature = self.pixel_norm(self.pixel_projection(self.pixel_head(pixels)))
-        feature = l2_normalize(feature.float(), dim=1)
         embedding = self.mask_embedding(mask_embedding)
-        mask_logits = embedding.to(feature.dtype) @ feature.flatten(2)
-        mask_logits = self.mask_norm(mask_logits[:, None])[:, 0].unflatten(2, feature.shape[-2:])
+        # In float32 also under autocast: an argmax over these logits assigns the pixels.
+        with torch.autocast(feature.device.type, enabled=False):
+            feature = l2_normalize(feature.float(), dim=1)
+            mask_logits = embedding.float() @ feature.flatten(2)
+            mask_logits = self.mask_norm(mask_logits[:, None])[:, 0].unflatten(2, feature.shape[-2:])
         class_logits = self.class_head(class_embedding) + self.class_prior if with_classes else None
         return Prediction(class_logits, mask_logits, feature)
