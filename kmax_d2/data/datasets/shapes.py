@@ -1,6 +1,6 @@
 """`shapes`: a small panoptic dataset that is drawn, not downloaded.
 
-Four textured stuff classes fill the image, and two to six things of five outlines lie on them and over one another.
+Four textured stuff classes fill the image, and two to five things of five outlines lie on them and over one another.
 Colour says nothing of a thing's class and little of a stuff class: a model has to learn outlines, textures and
 instances. An image follows from a seed and an index alone. Written in COCO's panoptic format.
 """
@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 # One more whenever the drawing changes, so that an older cache is not taken for this one.
-VERSION = 1
+VERSION = 2
 # name: (number of images, seed)
 SPLITS = {"train": (480, 0), "val": (100, 1)}
 # (height, width) in pixels, none below the 129-pixel crop of the quickstart
@@ -40,10 +40,10 @@ CATEGORIES = [
 THINGS = [category for category in CATEGORIES if category["isthing"]]
 STUFF = [category for category in CATEGORIES if not category["isthing"]]
 
-NUM_THINGS = (2, 6)
-RADIUS = (16.0, 34.0)  # pixels, centre to corner
+NUM_THINGS = (2, 5)
+RADIUS = (22.0, 38.0)  # pixels, centre to corner
 MIN_PIXELS = 80  # that every segment shows
-MIN_VISIBLE = 0.4  # of a segment's whole area, once others lie over it
+MIN_VISIBLE = 0.5  # of a segment's whole area, once others lie over it
 MIN_INSIDE = 0.7  # of a thing's whole area, inside the image
 MAX_TRIES = 40  # at placing a thing, in one image
 
