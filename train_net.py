@@ -8,6 +8,7 @@ import argparse
 from detectron2.engine import default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from kmax_d2.checkpoint import KMaXCheckpointer
 from kmax_d2.engine import Trainer, argument_parser, setup
@@ -16,6 +17,7 @@ from kmax_d2.errors import UserError, exit_on_user_error
 
 def run(args: argparse.Namespace) -> dict:
     """Trains, or evaluates with `--eval-only`, in one process."""
+    setup_logger(distributed_rank=comm.get_rank(), name="kmax_d2")
     cfg = setup(args)
     default_setup(cfg, args)
     if args.eval_only:

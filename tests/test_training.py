@@ -61,14 +61,15 @@ def arguments(own_data, **changes):
 def trained(own_data, tmp_path_factory):
     """A finished run of four iterations with an evaluation."""
     output = tmp_path_factory.mktemp("run")
-    run = train_net(output, own_data, SOLVER__MAX_ITER=4, SOLVER__CHECKPOINT_PERIOD=2, TEST__EVAL_PERIOD=4)
+    changes = {"SOLVER__MAX_ITER": 4, "SOLVER__CHECKPOINT_PERIOD": 2, "TEST__EVAL_PERIOD": 4}
+    run = train_net(output, own_data, **changes, MODEL__DEVICE="cuda")
     assert run.returncode == 0, run.stderr
     return output, run
 
 
 def test_a_run_logs_every_loss_and_all_results_of_one_model(trained):
     output, run = trained
-    assert "running on the CPU" in run.stdout + run.stderr
+    assert ("no GPU found: running on the CPU" in run.stdout) == (not torch.cuda.is_available())
     last = metrics(output)
     assert all(math.isfinite(last[name]) for name in LOSSES)
     assert {"panoptic_seg/PQ", "panoptic_seg/SQ_th", "panoptic_seg/RQ_st", "segm/AP", "sem_seg/mIoU"} <= set(last)
@@ -120,15 +121,17 @@ def test_mixed_precision_trains(own_data, tmp_path, precision):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(own_data, tmp_path):
-    changes = {"OUTPUT_DIR": str(tmp_path), "SOLVER__MAX_ITER": 3, "SOLVER__CHECKPOINT_PERIOD": 1}
-    trainer = Trainer(setup(arguments(own_data, **changes)))
-    trainer.max_iter = 1
-    trainer.train()
+    def trainer_for(iterations):
+        changes = {"OUTPUT_DIR": str(tmp_path), "SOLVER__MAX_ITER": iterations, "SOLVER__CHECKPOINT_PERIOD": 1}
+        return Trainer(setup(arguments(own_data, **changes)))
+
+    trainer_for(1).train()
     kept = torch.load(tmp_path / "model_final.pth", map_location="cpu", weights_only=True)["model"]
+    trainer = trainer_for(3)
+    trainer.resume_or_load(resume=True)
     with torch.no_grad():
         trainer.model.transformer_decoder.predictor.class_head.bias[0] = math.inf
     weight = trainer.model.backbone.stem.conv.weight.clone()
-    trainer.start_iter, trainer.max_iter = 1, 3
     with pytest.raises(UserError, match=r"iteration 1: loss_pq_class = .*images: .*\.jpg") as failure:
         trainer.train()
     assert "loss_mask_id" not in str(failure.value)

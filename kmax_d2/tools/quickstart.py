@@ -95,6 +95,7 @@ def main() -> None:
     results_file = output / "results.json"
     # Whoever finds this file finds the results of a run that came to its end.
     results_file.unlink(missing_ok=True)
+    setup_logger(name="kmax_d2")
     setup_logger(str(output), name="fvcore")
     for handler in setup_logger(str(output)).handlers:
         if not isinstance(handler, logging.FileHandler):
