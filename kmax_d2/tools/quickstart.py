@@ -30,7 +30,7 @@ from ..visualization import result_page
 
 CONFIG = "shapes/quickstart"
 NUM_PICTURES = 8
-NUM_WARMUP_ITERS = 20  # left out of the time that is left
+LOSS_PERIOD = 20  # iterations from one loss on the progress bar to the next
 
 
 class ProgressBar(HookBase):
@@ -40,8 +40,8 @@ class ProgressBar(HookBase):
         self.bar = tqdm(total=self.trainer.max_iter, desc="training", unit="it", mininterval=2.0, dynamic_ncols=True)
 
     def after_step(self) -> None:
-        if self.trainer.iter % NUM_WARMUP_ITERS == 0:
-            loss = self.trainer.storage.history("total_loss").median(NUM_WARMUP_ITERS)
+        if self.trainer.iter % LOSS_PERIOD == 0:
+            loss = self.trainer.storage.history("total_loss").median(LOSS_PERIOD)
             self.bar.set_postfix_str(f"loss {loss:.2f}", refresh=False)
         self.bar.update()
 
