@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import argparse
 
-from detectron2.engine import default_setup, launch
+from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from kmax_d2.checkpoint import KMaXCheckpointer
-from kmax_d2.engine import Trainer, argument_parser, setup
+from kmax_d2.engine import Trainer, argument_parser, launch, setup
 from kmax_d2.errors import UserError, exit_on_user_error
 
 

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from detectron2.engine import launch
 from detectron2.utils import comm
 from small import options
 
-from kmax_d2.engine import load_config
+from kmax_d2.engine import launch, load_config
 from kmax_d2.engine.setup import choose_device
 from kmax_d2.modeling.layers import LinearBN
 
