@@ -15,6 +15,8 @@ def add_kmax_config(cfg: CfgNode) -> None:
     cfg.INPUT.SCALE_STEPS = 15  # number of evenly spaced scales; 0 draws from the whole range
     cfg.INPUT.COLOR_POLICY = True  # the color policy of the official training
     cfg.INPUT.COLOR_LEVEL = 1.0  # factor on the policy's levels; 0.2 on Cityscapes
+    cfg.INPUT.COPY_PASTE = True  # paste segments of a second random image, at half the scales, over each image
+    cfg.INPUT.SKIP_BROKEN = False  # leave broken training samples out, with a count in the log, instead of stopping
 
     cfg.DATALOADER.ASPECT_RATIO_GROUPING = False  # all crops have one size
 
@@ -43,7 +45,22 @@ def add_kmax_config(cfg: CfgNode) -> None:
     kmax.RESNET.BLOCKS = [3, 4, 6, 3]
     kmax.RESNET.WIDTHS = [64, 128, 256, 512]
     kmax.RESNET.STEM_WIDTH = 64
-    kmax.RESNET.OUT_FEATURES = ["stage2", "stage3", "stage4", "stage5"]
+    kmax.RESNET.STANDARD = False  # the form of torchvision, timm and Detectron2: max pool, activated outputs
+
+    kmax.MAXS = CfgNode()
+    kmax.MAXS.BLOCKS = [3, 4, 6, 3]
+    kmax.MAXS.WIDTHS = [64, 128, 256, 512]
+    kmax.MAXS.STEM_WIDTHS = [64, 64, 128]
+    kmax.MAXS.DROP_PATH = [0.0, 0.0, 0.15, 0.2]  # of stages 2 to 5; a stage's first block has the stage before's
+
+    kmax.CONVNEXT = CfgNode()
+    kmax.CONVNEXT.DEPTHS = [3, 3, 9, 3]
+    kmax.CONVNEXT.WIDTHS = [96, 192, 384, 768]
+    kmax.CONVNEXT.DROP_PATH = 0.3  # of the last block, linear from 0 at the first
+
+    kmax.TIMM = CfgNode()
+    kmax.TIMM.NAME = "resnet50"  # any model of timm that gives feature maps
+    kmax.TIMM.PRETRAINED = False  # start from timm's weights, downloaded once; read only where MODEL.WEIGHTS is empty
 
     kmax.PIXEL_DECODER = CfgNode()
     kmax.PIXEL_DECODER.NAME = "KMaXPixelDecoder"
@@ -56,6 +73,8 @@ def add_kmax_config(cfg: CfgNode) -> None:
     kmax.TRANSFORMER_DECODER = CfgNode()
     kmax.TRANSFORMER_DECODER.NAME = "KMaXTransformerDecoder"
     kmax.TRANSFORMER_DECODER.NUM_QUERIES = 128
+    kmax.TRANSFORMER_DECODER.TRAINING_QUERIES = 0  # drop query: a random choice of so many in training; 0 keeps all
+    kmax.TRANSFORMER_DECODER.CROSS_ATTENTION = "KMeansCrossAttention"  # the ablation's others: see the README
     kmax.TRANSFORMER_DECODER.DECODERS = [2, 2, 2]  # decoders on each of the first pixel decoder maps
     kmax.TRANSFORMER_DECODER.CHANNELS = 256
     kmax.TRANSFORMER_DECODER.FFN_CHANNELS = 2048
@@ -65,6 +84,7 @@ def add_kmax_config(cfg: CfgNode) -> None:
     kmax.TRANSFORMER_DECODER.DROP_PATH = 0.2
 
     kmax.SEMANTIC_HEAD = CfgNode()
+    kmax.SEMANTIC_HEAD.NAME = "ASPPSemanticHead"  # or "PointwiseSemanticHead", Cityscapes'
     kmax.SEMANTIC_HEAD.CHANNELS = 256
     kmax.SEMANTIC_HEAD.LOW_LEVEL_CHANNELS = [64, 32]  # of stage3 and stage2
 
@@ -76,6 +96,9 @@ def add_kmax_config(cfg: CfgNode) -> None:
     kmax.LOSS.NUM_SAMPLES = 4096  # pixels for the instance and semantic terms
     kmax.LOSS.INSTANCE_TEMPERATURE = 1.5
     kmax.LOSS.SEMANTIC_TEMPERATURE = 2.0
+    kmax.LOSS.SEMANTIC_HARD_SHARE = 0.0  # share of all pixels, the hardest, in the semantic term; 0 samples pixels
+    kmax.LOSS.SMALL_INSTANCE_AREA = 4096  # things of fewer pixels in the crop have the next weight in that share
+    kmax.LOSS.SMALL_INSTANCE_WEIGHT = 1.0  # 3 on Cityscapes
     kmax.LOSS.MIN_PQ_WEIGHT = 1e-5  # floor of the detached weights of the PQ-style terms
 
     test = kmax.TEST = CfgNode()
@@ -92,4 +115,7 @@ def add_kmax_config(cfg: CfgNode) -> None:
     test.PANOPTIC_ON = True
     test.SEMANTIC_ON = True
     test.INSTANCE_ON = True
+    test.SEMANTIC = "query"  # class of each pixel's best query, as officially; "marginal" sums over the queries
+    test.INSTANCE = "panoptic"  # instances cut from the merged map, as officially; "query" gives each query's mask
     test.MAX_INSTANCES = 100  # instances kept for each image
+    test.SAVE_PREDICTIONS = ""  # folder for predictions in the formats that the benchmarks' servers take

@@ -4,6 +4,8 @@ import pytest
 import reference
 import torch
 
+from kmax_d2.checkpoint import official_to_state_dict
+
 # The tensors are small: more threads would only wait for each other, for minutes where the machine is busy.
 torch.set_num_threads(1)
 
@@ -14,16 +16,13 @@ def seeded():
 
 
 @pytest.fixture(scope="session")
-def official_state_dict():
-    """The reference's values of the official COCO ResNet-50 variables, by our names."""
-    return reference.official_state_dict()
+def coco_model():
+    """ResNet-50 on COCO at full size, in inference mode, with the reference's values. Tests must leave it as it is."""
+    state_dict = official_to_state_dict(reference.official_variables("coco_r50"))
+    return reference.load_all(reference.build("coco/r50"), state_dict)
 
 
 @pytest.fixture(scope="session")
-def coco_model(official_state_dict):
-    """ResNet-50 on COCO at full size, in inference mode, with the reference's values. Tests must leave it as it is."""
-    model = reference.coco_model()
-    unloaded = model.load_state_dict(official_state_dict, strict=False)
-    assert not unloaded.unexpected_keys
-    assert all(name.endswith("num_batches_tracked") for name in unloaded.missing_keys)
-    return model.eval()
+def shapes_cache(tmp_path_factory):
+    """A folder in which the embedded dataset is drawn once."""
+    return tmp_path_factory.mktemp("shapes_cache")

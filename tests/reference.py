@@ -7,11 +7,9 @@ from pathlib import Path
 import deterministic
 import numpy as np
 import torch
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
-from kmax_d2 import add_kmax_config
-from kmax_d2.checkpoint.official import official_to_state_dict
+from kmax_d2.engine import load_config
 from kmax_d2.modeling.criterion import make_targets
 from kmax_d2.modeling.predictor import Prediction
 
@@ -24,26 +22,34 @@ def load(name):
         return dict(arrays)
 
 
-def official_variables():
-    """Name and shape of every variable of the official COCO ResNet-50 checkpoint."""
-    with gzip.open(DATA / "variables_coco_r50.json.gz", "rt") as file:
+def shapes(name):
+    """Name and shape of everything in data/<name>.json.gz: an official checkpoint's variables or a state dict's."""
+    with gzip.open(DATA / f"{name}.json.gz", "rt") as file:
         return {name: tuple(shape) for name, shape in json.load(file).items()}
 
 
-def official_state_dict():
-    variables = official_variables()
-    return official_to_state_dict(
-        {name: deterministic.checkpoint_value(name, shape) for name, shape in variables.items()}
-    )
+def official_variables(tag="coco_r50"):
+    """The reference's value of every variable of an official checkpoint."""
+    return {name: deterministic.checkpoint_value(name, shape) for name, shape in shapes(f"variables_{tag}").items()}
 
 
-def coco_model():
-    cfg = get_cfg()
-    add_kmax_config(cfg)
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.KMAX.NUM_CLASSES = 133
-    cfg.MODEL.KMAX.NORM = "BN"
-    return build_model(cfg)
+def build(config, *options):
+    """The model of a config, such as "coco/r50", in inference mode on the CPU."""
+    return build_model(load_config(config, ["MODEL.DEVICE", "cpu", "MODEL.KMAX.NORM", "BN", *options])).eval()
+
+
+def outline(config):
+    """The model of a config without memory for its values: names and shapes alone."""
+    with torch.device("meta"):
+        return build(config, "MODEL.DEVICE", "meta")
+
+
+def load_all(model, state_dict):
+    """Loads a state dict that must hold all of the model and nothing else."""
+    unloaded = model.load_state_dict(state_dict, strict=False)
+    assert not unloaded.unexpected_keys
+    assert all(name.endswith("num_batches_tracked") for name in unloaded.missing_keys)
+    return model
 
 
 def channels_first(array):
@@ -55,8 +61,8 @@ def loss_inputs(tag):
     """What the official losses in loss_<tag>.npz were computed from.
 
     Returns:
-        the final prediction, the six auxiliary ones, semantic logits (B, K + 1, h, w), the targets and the arrays of
-        the file.
+        the final prediction, the six auxiliary ones, semantic logits (B, K or K + 1, h', w'), the targets and the
+        arrays of the file.
     """
     arrays = load(f"loss_{tag}")
     segment_id, segment_class = arrays["segment_id"], arrays["segment_class"]
@@ -85,7 +91,8 @@ def loss_inputs(tag):
         return Prediction(torch.from_numpy(class_logits), channels_first(mask), channels_first(feature))
 
     semantic = deterministic.prediction(f"{tag}/semantic_logits", (batch, *arrays["semantic_size"], classes))
-    semantic = np.concatenate([semantic, np.full_like(semantic[..., :1], -1)], axis=-1)
+    if tag == "coco":  # void
+        semantic = np.concatenate([semantic, np.full_like(semantic[..., :1], -1)], axis=-1)
     targets = make_targets(
         [torch.from_numpy(ids).long() - 1 for ids in segment_id],
         [torch.from_numpy(row[row >= 0]).long() for row in segment_class],

@@ -72,6 +72,24 @@ def test_equals_loops_over_positions(axis, training):
 
 
 @pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("axis", "kept"), [("height", (3, 6)), ("width", (5, 3))])
+@torch.no_grad()
+def test_stride_drops_positions_of_the_axis_afterwards(axis, kept, training):
+    """Statistics in training are over all positions, also those that are dropped."""
+    plain = randomise_norms(AxialAttention1D(12, 16, axis, norm="BN")).train(training)
+    strided = AxialAttention1D(12, 16, axis, norm="BN", stride=2).train(training)
+    strided.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 12, 5, 6)
+    expected = plain(x)
+    expected = expected[:, :, ::2] if axis == "height" else expected[..., ::2]
+    out = strided(x)
+    assert out.shape[-2:] == kept
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    for name, buffer in strided.named_buffers():
+        assert torch.equal(buffer, plain.get_buffer(name)), name
+
+
+@pytest.mark.parametrize("training", [False, True])
 def test_width_is_height_of_the_transposed_map(training):
     height = randomise_norms(AxialAttention1D(12, 16, "height", norm="BN")).train(training)
     width = AxialAttention1D(12, 16, "width", norm="BN").train(training)
@@ -112,12 +130,15 @@ def test_unknown_axis_is_refused():
         AxialAttention1D(8, 8, "depth", norm="BN")
 
 
-@pytest.mark.parametrize("in_channels", [32, 20])
+@pytest.mark.parametrize(("in_channels", "stride"), [(32, 1), (20, 1), (32, 2), (20, 2)])
 @torch.no_grad()
-def test_block(in_channels):
-    """Height, then width, between two 1×1 convolutions, plus the activated input or its projection."""
-    block = randomise_norms(AxialBlock(in_channels, 8, norm="BN")).eval()
-    x = torch.randn(2, in_channels, 4, 3)
+def test_block(in_channels, stride):
+    """Height, then width, between two 1×1 convolutions, plus the activated input or its projection.
+
+    With a stride, rows are dropped before the columns attend to each other.
+    """
+    block = randomise_norms(AxialBlock(in_channels, 8, norm="BN", stride=stride)).eval()
+    x = torch.randn(2, in_channels, 5, 3)
     active = nn.functional.gelu(x)
 
     def conv(layer, y):
@@ -125,10 +146,11 @@ def test_block(in_channels):
         return plain_norm(layer.norm, y.permute(0, 2, 3, 1), False).permute(0, 3, 1, 2)
 
     y = nn.functional.gelu(conv(block.conv1, active))
-    y = plain_attention(block.height_attention, y, False)
-    y = plain_attention(block.width_attention, y.transpose(2, 3), False).transpose(2, 3)
+    y = plain_attention(block.height_attention, y, False)[:, :, ::stride]
+    y = plain_attention(block.width_attention, y.transpose(2, 3), False).transpose(2, 3)[..., ::stride]
     y = conv(block.conv3, nn.functional.gelu(y))
-    expected = y + (active if in_channels == 32 else conv(block.shortcut, active))
+    shortcut = active[..., ::stride, ::stride]
+    expected = y + (shortcut if in_channels == 32 and stride == 1 else conv(block.shortcut, shortcut))
     torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from kmax_d2.modeling.kmeans import KMeansCrossAttention, kmeans_assign, kmeans_update
+from kmax_d2.modeling.layers import norm_vectors
 
 
 def plain_update(mask_logits, values):
@@ -70,20 +71,25 @@ def test_cluster_without_pixels_gets_zero():
     assert empty[1].nonzero().flatten().tolist() == [0, 4]
 
 
-def attention(channels=8, out_channels=6):
-    module = KMeansCrossAttention(channels, out_channels, norm="BN")
+def attention(channels=8):
+    module = KMeansCrossAttention(channels, key_channels=4, num_heads=2, norm="BN")
     torch.nn.init.ones_(module.projection.norm.weight)  # 0 at first
     return module
 
 
+def inputs(size=4):
+    """Centers, pixels and mask logits."""
+    return torch.randn(2, 5, 8), torch.randn(2, 8, size, size), torch.randn(2, 5, size, size)
+
+
 def test_step_starts_as_nothing():
-    module = KMeansCrossAttention(8, 6, norm="BN")
-    assert not module(torch.randn(2, 5, 4, 4), torch.randn(2, 8, 4, 4)).any()
+    module = KMeansCrossAttention(8, key_channels=4, num_heads=2, norm="BN")
+    assert not module(*inputs()).any()
 
 
-def test_step_is_update_norm_and_projection():
+def test_step_is_value_update_norm_and_projection():
     module = attention().eval()
-    for norm in (module.norm, module.projection.norm):
+    for norm in (module.value.norm, module.norm, module.projection.norm):
         torch.nn.init.normal_(norm.running_mean)
         torch.nn.init.uniform_(norm.running_var, 0.5, 2)
         torch.nn.init.normal_(norm.weight)
@@ -92,26 +98,27 @@ def test_step_is_update_norm_and_projection():
     def normalise(x, norm):
         return (x - norm.running_mean) / (norm.running_var + 1e-3).sqrt() * norm.weight + norm.bias
 
-    mask_logits, values = torch.randn(2, 5, 4, 4), torch.randn(2, 8, 4, 4)
+    centers, pixels, mask_logits = inputs()
+    values = normalise(pixels.movedim(1, 3) @ module.value.conv.weight[:, :, 0, 0].T, module.value.norm).movedim(3, 1)
     expected = normalise(plain_update(mask_logits, values), module.norm) @ module.projection.linear.weight.T
-    torch.testing.assert_close(module(mask_logits, values), normalise(expected, module.projection.norm))
+    torch.testing.assert_close(module(centers, pixels, mask_logits), normalise(expected, module.projection.norm))
 
 
-def test_gradient_reaches_values_but_not_mask_logits():
-    mask_logits = torch.randn(2, 5, 4, 4, requires_grad=True)
-    values = torch.randn(2, 8, 4, 4, requires_grad=True)
-    update = attention()(mask_logits, values)
+def test_gradient_reaches_pixels_but_not_mask_logits():
+    centers, pixels, mask_logits = (x.requires_grad_() for x in inputs())
+    update = attention()(centers, pixels, mask_logits)
     (update * torch.randn_like(update)).sum().backward()
     assert mask_logits.grad is None
-    assert (values.grad.abs().sum(1) > 0).all()
+    assert (pixels.grad.abs().sum(1) > 0).all()
 
 
-def test_float32_under_autocast():
+def test_sums_in_float32_under_autocast():
     module = attention().eval()
-    mask_logits = torch.randn(1, 2, 64, 64).bfloat16()
-    values = (1 + torch.rand(1, 8, 64, 64)).bfloat16()
-    expected = module(mask_logits.float(), values.float())
+    centers, pixels, mask_logits = inputs(64)
+    mask_logits = mask_logits.bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        update = module(mask_logits, values)
-    assert update.dtype == torch.float32
-    assert torch.equal(update, expected)
+        values = module.value(pixels)
+        update = module(centers, pixels, mask_logits)
+    assert values.dtype == torch.bfloat16
+    sums = plain_update(mask_logits.float(), values.float())
+    torch.testing.assert_close(update, module.projection(norm_vectors(module.norm, sums)))

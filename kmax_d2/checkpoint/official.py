@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ _PREDICTOR = [
     (r"_?transformer_mask_head", "mask_embedding"),
 ]
 
+_CLASS_BIAS = "transformer_class_head/_conv/bias"  # one for each class and one for void
+
 # Applied in order to a name with dots for slashes; each names one part of the model.
 _RULES = [
     (r"^(pixel_space_|transformer_(class|mask)_head)", r"transformer_decoder.predictor.\1"),
@@ -26,9 +28,9 @@ _RULES = [
     (r"\._auxiliary_clustering_predictor\.", ".predictor."),
     *_PREDICTOR,
     (r"_pixel_conv1_bn_act", "pixel_projection"),
-    (r"_pixel_v_conv_bn", "pixel_value"),
-    (r"_kmeans_memory_batch_norm_retrieved_value", "kmeans.norm"),
-    (r"_kmeans_memory_conv3_bn", "kmeans.projection"),
+    (r"_pixel_v_conv_bn", "cross_attention.value"),
+    (r"_kmeans_memory_batch_norm_retrieved_value", "cross_attention.norm"),
+    (r"_kmeans_memory_conv3_bn", "cross_attention.projection"),
     (r"_memory_conv1_bn_act", "center_projection"),
     (r"_memory_qkv_conv_bn", "attention.qkv"),
     (r"_memory_attention\._batch_norm_similarity", "attention.norm_logits"),
@@ -36,6 +38,11 @@ _RULES = [
     (r"_memory_conv3_bn", "attention.projection"),
     (r"_memory_ffn_conv1_bn_act", "ffn.expand"),
     (r"_memory_ffn_conv2_bn", "ffn.project"),
+    (r"^encoder\.downsample_layers\.0\.layer_with_weights-", "backbone.stem."),
+    (r"^encoder\.downsample_layers\.(\d+)\.layer_with_weights-", r"backbone.stages.\1.downsample."),
+    (r"^encoder\.stages\.(\d+)\.layer_with_weights-", r"backbone.stages.\1.blocks."),
+    (r"\.depthwise_conv\.", ".conv_dw."),
+    (r"\.pointwise_conv", ".mlp.fc"),
     (r"^encoder\._stem", "backbone.stem"),
     (r"^encoder\._stage", "backbone.stage"),
     (r"^pixel_decoder\._backbone_norms", "pixel_decoder.input_norms"),
@@ -62,11 +69,12 @@ _RULES = [
     (r"\._batch_norm\.", ".norm."),
     (r"\.gamma$", ".weight"),
     (r"\.beta$", ".bias"),
+    (r"\.layer_scale$", ".gamma"),
     (r"\.moving_mean$", ".running_mean"),
     (r"\.moving_variance$", ".running_var"),
     # Maps of vectors are linear here; those of pixels stay convolutions.
     (
-        r"((center|class|mask)_projection|mask_embedding|\.qkv|kmeans\.projection|attention\.projection|ffn\.\w+)\.conv\.",
+        r"((center|class|mask)_projection|mask_embedding|\.qkv|attention\.projection|ffn\.\w+)\.conv\.",
         r"\1.linear.",
     ),
 ]
@@ -108,18 +116,33 @@ def _to_our_layout(kind: str, name: str, array: np.ndarray) -> np.ndarray:
     return array[:, :, None, None] if is_convolution else array
 
 
-def official_to_state_dict(variables: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Turns the official model's variables into a state dict of :class:`~kmax_d2.modeling.KMaXDeepLab`.
+def _contiguous_classes(is_thing: Sequence[bool]) -> list[int]:
+    """The row of the official class heads, things and then stuff, that holds each contiguous class; void stays last."""
+    official_order = sorted(range(len(is_thing)), key=lambda index: not is_thing[index])
+    return [*np.argsort(official_order), len(is_thing)]
+
+
+def official_to_state_dict(
+    variables: Mapping[str, np.ndarray], is_thing: Sequence[bool] | None = None
+) -> dict[str, torch.Tensor]:
+    """Turns the official model's variables, or some of them, into a state dict of our names, layouts and class order.
+
+    A pre-trained encoder's checkpoint has its variables by the same names.
 
     Args:
-        variables: arrays by official name, such as "encoder/_stem/_conv/kernel", in TensorFlow's layout. Classes are
-            in contiguous order already, as COCO's are.
+        variables: arrays by official name, such as "encoder/_stem/_conv/kernel", in TensorFlow's layout. The tensors
+            are views of them, of any strides; only what depends on classes is copied.
+        is_thing: whether each of the K classes, in contiguous order, is a thing. The official class heads have things
+            before stuff. None, or flags of another number of classes than a head's, leaves the order as it is.
     """
     state_dict = {}
     for official_name, array in variables.items():
         name = state_dict_name(official_name)
         array = _to_our_layout(official_name.rsplit("/", 1)[-1], name, np.asarray(array))
-        if name.startswith("semantic_head.classifier."):
-            array = np.roll(array, -1, axis=0)  # void is the first channel there, the last here
-        state_dict[name] = torch.from_numpy(np.ascontiguousarray(array))
+        if ".class_head." in name and is_thing is not None and len(array) == len(is_thing) + 1:
+            array = array[_contiguous_classes(is_thing)]
+        if name.startswith("semantic_head.classifier.") and len(array) == len(variables[_CLASS_BIAS]):
+            # It has a channel for void, the first; its classes are in contiguous order.
+            array = np.roll(array, -1, axis=0)
+        state_dict[name] = torch.from_numpy(array)
     return state_dict

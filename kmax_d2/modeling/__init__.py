@@ -1,12 +1,16 @@
 """The model and its parts; importing it registers them."""
 
 from . import backbones
+from .cross_attention import CROSS_ATTENTION_REGISTRY
 from .kmax_decoder import TRANSFORMER_DECODER_REGISTRY, KMaXTransformerDecoder
 from .kmax_deeplab import KMaXDeepLab
 from .pixel_decoder import PIXEL_DECODER_REGISTRY, KMaXPixelDecoder
+from .semantic_head import SEMANTIC_HEAD_REGISTRY
 
 __all__ = [
+    "CROSS_ATTENTION_REGISTRY",
     "PIXEL_DECODER_REGISTRY",
+    "SEMANTIC_HEAD_REGISTRY",
     "TRANSFORMER_DECODER_REGISTRY",
     "KMaXDeepLab",
     "KMaXPixelDecoder",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from timm.layers import DropPath
 from torch import nn
 
 from .layers import ConvBN, batch_norm, truncated_normal_
@@ -17,15 +18,17 @@ class AxialAttention1D(nn.Module):
         in_channels: channels of the input.
         width: base width C; keys and queries have C channels over all heads, values 2C.
         axis: "height" or "width", the axis along which positions attend to each other.
+        stride: every stride-th position of that axis is kept, after all have been computed.
         num_heads: number of heads.
         norm: name of the batch norm.
     """
 
-    def __init__(self, in_channels: int, width: int, axis: str, *, norm: str, num_heads: int = 8):
+    def __init__(self, in_channels: int, width: int, axis: str, *, norm: str, stride: int = 1, num_heads: int = 8):
         super().__init__()
         if axis not in ("height", "width"):
             raise ValueError(f"axis must be 'height' or 'width', not {axis!r}")
         self.axis = axis
+        self.stride = stride
         self.num_heads = num_heads
         self.key_dim = width // num_heads
         self.value_dim = 2 * width // num_heads
@@ -41,7 +44,10 @@ class AxialAttention1D(nn.Module):
         self.value_positions = nn.Parameter(truncated_normal_(torch.empty(2 * MAX_LENGTH - 1, self.value_dim), 1.0))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, in_channels, H, W) to (B, 2 · width, H, W). Raises ValueError if the axis is longer than 255."""
+        """(B, in_channels, H, W) to (B, 2 · width, H, W), the axis of length L strided to ceil(L / stride).
+
+        Raises ValueError if the axis is longer than 255.
+        """
         batch, _, height, width = x.shape
         length = height if self.axis == "height" else width
         if length > MAX_LENGTH:
@@ -77,7 +83,8 @@ class AxialAttention1D(nn.Module):
         # (lines, kind, heads, L, d) -> (lines, kind · heads · d, L, 1) for the norm, then the sum over kinds.
         channels = retrieved.transpose(-1, -2).reshape(retrieved.shape[0], -1, length, 1)
         out = self.norm_values(channels).view(retrieved.shape[0], 2, -1, length).sum(1)
-        out = out.view(batch, -1, out.shape[1], length)
+        # Dropped only here: in training the batch norms above take their statistics over every position.
+        out = out[..., :: self.stride].unflatten(0, (batch, -1))
         return out.permute(0, 2, 3, 1) if self.axis == "height" else out.transpose(1, 2)
 
 
@@ -89,25 +96,38 @@ class AxialBlock(nn.Module):
     Args:
         in_channels: channels of the raw input.
         width: base width C; the output has 4C channels.
+        stride: stride of both attentions and of the shortcut's projection.
+        drop_path: probability of dropping the residual branch, for each sample.
         norm: name of the batch norm.
         act_layer: activation.
     """
 
     expansion = 4
 
-    def __init__(self, in_channels: int, width: int, *, norm: str, act_layer: type[nn.Module] = nn.GELU):
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        *,
+        norm: str,
+        stride: int = 1,
+        drop_path: float = 0.0,
+        act_layer: type[nn.Module] = nn.GELU,
+    ):
         super().__init__()
         out_channels = self.expansion * width
         self.act = act_layer()
         self.conv1 = ConvBN(in_channels, 2 * width, norm=norm, act_layer=act_layer)
-        self.height_attention = AxialAttention1D(2 * width, width, "height", norm=norm)
-        self.width_attention = AxialAttention1D(2 * width, width, "width", norm=norm)
+        self.height_attention = AxialAttention1D(2 * width, width, "height", norm=norm, stride=stride)
+        self.width_attention = AxialAttention1D(2 * width, width, "width", norm=norm, stride=stride)
         self.conv3 = ConvBN(2 * width, out_channels, norm=norm, init_gain=0.0)
-        self.shortcut = ConvBN(in_channels, out_channels, norm=norm) if in_channels != out_channels else None
+        self.drop_path = DropPath(drop_path)
+        needs_projection = stride != 1 or in_channels != out_channels
+        self.shortcut = ConvBN(in_channels, out_channels, norm=norm, stride=stride) if needs_projection else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, in_channels, H, W) to (B, 4 · width, H, W)."""
+        """(B, in_channels, H, W) to (B, 4 · width, ceil(H / stride), ceil(W / stride))."""
         x = self.act(x)
         shortcut = x if self.shortcut is None else self.shortcut(x)
         out = self.width_attention(self.height_attention(self.conv1(x)))
-        return self.conv3(self.act(out)) + shortcut
+        return self.drop_path(self.conv3(self.act(out))) + shortcut

@@ -11,7 +11,9 @@ from detectron2.utils.registry import Registry
 from timm.layers import DropPath
 from torch import nn
 
-from .kmeans import KMeansCrossAttention
+from ..errors import UserError
+from . import kmeans  # noqa: F401 (registers k-means)
+from .cross_attention import CROSS_ATTENTION_REGISTRY
 from .layers import ConvBN, LinearBN, batch_norm, norm_vectors, truncated_normal_
 from .predictor import Prediction, Predictor
 
@@ -70,7 +72,8 @@ class KMaXDecoderLayer(nn.Module):
         channels: channels of the centers.
         num_classes: K, without void.
         ffn_channels: hidden channels of the feed-forward net.
-        key_channels, num_heads: of the self-attention.
+        cross_attention: name of the centers' update from the pixels, k-means or one of the ablation's.
+        key_channels, num_heads: of the attentions.
         feature_channels: channels of the predictor's pixel features.
         drop_path: probability of dropping each of the three updates, for each sample.
         norm: name of the batch norm.
@@ -82,6 +85,7 @@ class KMaXDecoderLayer(nn.Module):
         channels: int,
         num_classes: int,
         *,
+        cross_attention: str,
         ffn_channels: int,
         key_channels: int,
         num_heads: int,
@@ -93,12 +97,12 @@ class KMaXDecoderLayer(nn.Module):
         self.act = nn.GELU()
         self.pixel_projection = ConvBN(pixel_channels, channels, norm=norm, act_layer=nn.GELU)
         self.center_projection = LinearBN(channels, channels, norm=norm, act_layer=nn.GELU)
-        self.pixel_value = ConvBN(channels, channels, norm=norm)
-        truncated_normal_(self.pixel_value.conv.weight, channels**-0.5)
         self.predictor = Predictor(
             channels, channels, num_classes, norm=norm, hidden_channels=channels, feature_channels=feature_channels
         )
-        self.kmeans = KMeansCrossAttention(channels, channels, norm=norm)
+        self.cross_attention = CROSS_ATTENTION_REGISTRY.get(cross_attention)(
+            channels, key_channels=key_channels, num_heads=num_heads, norm=norm
+        )
         self.attention = CenterSelfAttention(
             channels, key_channels=key_channels, value_channels=channels, num_heads=num_heads, norm=norm
         )
@@ -112,7 +116,7 @@ class KMaXDecoderLayer(nn.Module):
         pixels = self.pixel_projection(self.act(pixels))
         query = self.center_projection(centers)
         prediction = self.predictor(pixels, query, query, with_classes)
-        centers = centers + self.drop_path(self.kmeans(prediction.mask_logits, self.pixel_value(pixels)))
+        centers = centers + self.drop_path(self.cross_attention(query, pixels, prediction.mask_logits))
         centers = self.act(centers + self.drop_path(self.attention(query)))
         centers = self.act(centers + self.drop_path(self.ffn(centers)))
         return centers, prediction
@@ -127,7 +131,8 @@ class KMaXTransformerDecoder(nn.Module):
         num_queries: N, the number of cluster centers.
         num_classes: K, without void.
         decoders: number of decoders on each of the first maps.
-        channels, ffn_channels, key_channels, num_heads, feature_channels, drop_path, norm: see
+        training_queries: drop query, the number of centers that a training iteration draws; 0 takes all.
+        channels, cross_attention, ffn_channels, key_channels, num_heads, feature_channels, drop_path, norm: see
             :class:`KMaXDecoderLayer`.
     """
 
@@ -139,7 +144,9 @@ class KMaXTransformerDecoder(nn.Module):
         num_queries: int,
         num_classes: int,
         decoders: Sequence[int] = (2, 2, 2),
+        training_queries: int = 0,
         channels: int = 256,
+        cross_attention: str = "KMeansCrossAttention",
         ffn_channels: int = 2048,
         key_channels: int = 128,
         num_heads: int = 8,
@@ -149,9 +156,12 @@ class KMaXTransformerDecoder(nn.Module):
     ):
         super().__init__()
         if len(decoders) > len(input_shape):
-            raise ValueError(
+            raise UserError(
                 f"{len(decoders)} maps are to have decoders, but the pixel decoder gives {len(input_shape)}"
             )
+        if not 0 <= training_queries <= num_queries:
+            raise UserError(f"{training_queries} of {num_queries} queries cannot be drawn in training")
+        self.training_queries = training_queries
         self.centers = nn.Parameter(truncated_normal_(torch.empty(num_queries, channels), 1.0))
         self.map_of_layer = [index for index, count in enumerate(decoders) for _ in range(count)]
         self.layers = nn.ModuleList(
@@ -159,6 +169,7 @@ class KMaXTransformerDecoder(nn.Module):
                 input_shape[index].channels,
                 channels,
                 num_classes,
+                cross_attention=cross_attention,
                 ffn_channels=ffn_channels,
                 key_channels=key_channels,
                 num_heads=num_heads,
@@ -187,7 +198,9 @@ class KMaXTransformerDecoder(nn.Module):
             "num_queries": options.NUM_QUERIES,
             "num_classes": cfg.MODEL.KMAX.NUM_CLASSES,
             "decoders": options.DECODERS,
+            "training_queries": options.TRAINING_QUERIES,
             "channels": options.CHANNELS,
+            "cross_attention": options.CROSS_ATTENTION,
             "ffn_channels": options.FFN_CHANNELS,
             "key_channels": options.KEY_CHANNELS,
             "num_heads": options.NUM_HEADS,
@@ -203,7 +216,10 @@ class KMaXTransformerDecoder(nn.Module):
             maps: the pixel decoder's maps (B, C, H, W).
             auxiliary_classes: whether the auxiliary predictions need their class logits.
         """
-        centers = self.centers.expand(maps[0].shape[0], -1, -1)
+        centers = self.centers
+        if self.training and self.training_queries:  # drop query: matching and losses see only these
+            centers = centers[torch.randperm(len(centers), device=centers.device)[: self.training_queries]]
+        centers = centers.expand(maps[0].shape[0], -1, -1)
         auxiliary = []
         for layer, index in zip(self.layers, self.map_of_layer, strict=True):
             centers, prediction = layer(centers, maps[index], auxiliary_classes)

@@ -1,0 +1,140 @@
+"""Any model of timm that gives feature maps, as a pixel encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import timm
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone import Backbone
+from timm.layers import Format, convert_sync_batchnorm
+from torch import nn
+
+from ...errors import UserError, did_you_mean
+
+STAGES = {2: "stage1", 4: "stage2", 8: "stage3", 16: "stage4", 32: "stage5"}  # by output stride
+MULTIPLES = (1, 32, 64, 224, 256)  # that sides are padded to: none, patches, windows of 2, 7 or 8 positions at OS 32
+TRIAL_SIZE = (65, 609)  # longer than the images most models learn from, where tables of positions may end
+
+
+@BACKBONE_REGISTRY.register()
+class KMaXTimm(Backbone):
+    """Pixel encoder. Its maps are timm's, named by output stride; a model without one at OS 2 has no stage1.
+
+    The model gets its input scaled as its pre-trained weights expect, whether it has them or not. Models that do
+    not give (side - 1) / stride + 1 positions for sides of 32k + 1, as those with patches or windows, get it padded at
+    the bottom and right to a multiple that suits them, and their maps are cut.
+
+    Args:
+        name: timm's name of the model, with or without a tag of weights.
+        pretrained: whether to start from timm's weights, downloaded once.
+        required: names of the maps that the model must have.
+        norm: "SyncBN" synchronises the model's batch norms; with any other name they stay timm's, of one process.
+
+    Raises:
+        UserError: if timm has no such model or weights, or the model does not give the maps at such sizes.
+    """
+
+    act_layer = nn.Identity  # the semantic head reads the maps as the model's own next stage does
+
+    @configurable
+    def __init__(
+        self,
+        name: str,
+        *,
+        pretrained: bool = False,
+        required: Sequence[str] = ("stage2", "stage3", "stage4", "stage5"),
+        norm: str = "SyncBN",
+    ):
+        super().__init__()
+        self.net = _create(name, pretrained)
+        if norm == "SyncBN":
+            self.net = convert_sync_batchnorm(self.net)  # timm's own keeps the activations inside its norms
+        info = self.net.feature_info
+        # Of several maps with one stride the last, the deepest, counts.
+        self.index = {STAGES[s]: index for index, s in enumerate(info.reduction()) if s in STAGES}
+        missing = [stage for stage in required if stage not in self.index]
+        if missing:
+            strides = ", ".join(str(stride) for stride in sorted(set(info.reduction())))
+            raise UserError(
+                f"timm's {name} has no maps for {', '.join(missing)} of MODEL.KMAX.PIXEL_DECODER.IN_FEATURES: stage1 "
+                f"to stage5 have output strides 2, 4, 8, 16, 32, and this model's are {strides}"
+            )
+        self._out_features = list(self.index)
+        self._out_feature_channels = {stage: info.channels()[index] for stage, index in self.index.items()}
+        self._out_feature_strides = {stage: stride for stride, stage in STAGES.items() if stage in self.index}
+        # (x + 1) / 2 is the image from 0 to 1, of which timm takes the mean and divides by the deviation.
+        mean, std = (torch.tensor(self.net.pretrained_cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
+        self.register_buffer("scale", 0.5 / std, persistent=False)
+        self.register_buffer("shift", (0.5 - mean) / std, persistent=False)
+        self.multiple = self._fitting_multiple(name)
+
+    @classmethod
+    def from_config(cls, cfg, input_shape: ShapeSpec) -> dict:
+        options = cfg.MODEL.KMAX.TIMM
+        return {
+            "name": options.NAME,
+            "pretrained": options.PRETRAINED and not cfg.MODEL.WEIGHTS,  # a checkpoint would replace them
+            "required": cfg.MODEL.KMAX.PIXEL_DECODER.IN_FEATURES,
+            "norm": cfg.MODEL.KMAX.NORM,
+        }
+
+    @torch.no_grad()
+    def _fitting_multiple(self, name: str) -> int:
+        """The first of MULTIPLES at which the model gives maps of side / stride positions, rounded up, for zeros."""
+        self.net.eval()
+        for multiple in MULTIPLES:
+            size = [-(-side // multiple) * multiple for side in TRIAL_SIZE]
+            try:
+                maps = self._maps(torch.zeros(1, 3, *size))
+            except Exception as error:  # each model refuses a size in its own way
+                reason = " ".join(str(error).split()) or type(error).__name__
+                continue
+            strides = self._out_feature_strides
+            if all(list(x.shape[-2:]) == [-(-side // strides[stage]) for side in size] for stage, x in maps.items()):
+                self.net.train()
+                return multiple
+            reason = "its maps have other sizes than their strides tell"
+        raise UserError(f"timm's {name} does not take images of 32k + 1 pixels a side: {reason}")
+
+    def _maps(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        outputs = self.net(x * self.scale + self.shift)
+        if getattr(self.net, "output_fmt", Format.NCHW) == Format.NHWC:
+            outputs = [value.permute(0, 3, 1, 2) for value in outputs]
+        return {stage: outputs[index] for stage, index in self.index.items()}
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(B, 3, H, W), scaled to ±1, H and W of 32k + 1, to the maps by name, each (B, C, h, w).
+
+        h = (H - 1) / stride + 1, likewise w.
+        """
+        if self.multiple == 1:
+            return self._maps(x)
+        height, width = x.shape[-2:]
+        maps = self._maps(F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple)))
+        for stage, stride in self._out_feature_strides.items():
+            maps[stage] = maps[stage][..., : (height - 1) // stride + 1, : (width - 1) // stride + 1]
+        return maps
+
+
+def _create(name: str, pretrained: bool) -> nn.Module:
+    """timm's model as a module that gives the list of its maps. Raises UserError where timm cannot make it."""
+    if not timm.is_model(name):
+        raise UserError(f"MODEL.KMAX.TIMM.NAME: timm has no model {name}{did_you_mean(name, timm.list_models())}")
+    options = {"pretrained": pretrained, "features_only": True}
+    try:
+        try:
+            return timm.create_model(name, strict_img_size=False, **options)  # windowed attention at any size
+        except TypeError:  # no such argument
+            return timm.create_model(name, **options)
+    except OSError as error:
+        raise UserError(
+            f"timm's weights of {name} cannot be downloaded: set MODEL.KMAX.TIMM.PRETRAINED False, or run again where "
+            f"there is a network ({' '.join(str(error).split())})"
+        ) from error
+    except (AttributeError, AssertionError, RuntimeError) as error:
+        raise UserError(f"timm cannot make {name} with feature maps: {' '.join(str(error).split())}") from error

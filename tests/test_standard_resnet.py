@@ -1,0 +1,63 @@
+"""The standard form of ResNet-50 against torchvision's."""
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import resnet50
+
+from kmax_d2.modeling.backbones import KMaXResNet
+
+
+def blocks_of(model):
+    """The bottlenecks of either model as lists of (convolution, norm), the shortcut's last; the stem's come first."""
+    if isinstance(model, KMaXResNet):
+        yield [(model.stem.conv, model.stem.norm)]
+        for stage in (model.stage2, model.stage3, model.stage4, model.stage5):
+            for block in stage:
+                units = [block.conv1, block.conv2, block.conv3, block.shortcut]
+                yield [(unit.conv, unit.norm) for unit in units if unit is not None]
+    else:
+        yield [(model.conv1, model.bn1)]
+        for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+            for block in stage:
+                units = [(block.conv1, block.bn1), (block.conv2, block.bn2), (block.conv3, block.bn3)]
+                yield units + ([tuple(block.downsample)] if block.downsample is not None else [])
+
+
+@pytest.mark.parametrize("size", [(65, 97), (50, 71)])
+def test_equals_torchvision(size):
+    theirs, ours = resnet50(weights=None).eval(), KMaXResNet(standard=True, norm="BN").eval()
+    for norm in theirs.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias, std=0.2)
+            nn.init.normal_(norm.running_mean, std=0.2)
+            nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    for our_block, their_block in zip(blocks_of(ours), blocks_of(theirs), strict=True):
+        for (conv, norm), (their_conv, their_norm) in zip(our_block, their_block, strict=True):
+            conv.load_state_dict(their_conv.state_dict())
+            norm.load_state_dict(their_norm.state_dict())
+            norm.eps = their_norm.eps
+    image = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        maps = ours(image)
+        x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(image))))
+        expected = {"stage1": x}
+        for index, stage in enumerate((theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4), start=2):
+            x = expected[f"stage{index}"] = stage(x)
+    assert list(maps) == list(expected)
+    for name, value in expected.items():
+        assert maps[name].shape == value.shape
+        assert (maps[name] - value).abs().max() < 1e-5 * value.abs().max(), name
+
+
+@pytest.mark.parametrize("standard", [False, True])
+def test_output_shape(standard):
+    model = KMaXResNet(blocks=(1, 1, 1, 1), widths=(4, 4, 8, 8), stem_width=4, standard=standard, norm="BN")
+    maps = model(torch.randn(1, 3, 65, 97))
+    shapes = model.output_shape()
+    assert list(shapes) == list(maps) == ["stage1", "stage2", "stage3", "stage4", "stage5"]
+    assert shapes["stage1"].stride == (4 if standard else 2)
+    for name, shape in shapes.items():
+        assert maps[name].shape == (1, shape.channels, 64 // shape.stride + 1, 96 // shape.stride + 1), name
+        assert (maps[name].min() < 0) is not standard, name
