@@ -127,6 +127,12 @@ def test_category_that_is_not_defined(data):
         load(data)
 
 
+def test_category_without_its_kind(data):
+    rewrite(data, lambda content: content["categories"][2].pop("isthing"))
+    with pytest.raises(UserError, match=r"panoptic_val\.json: the category .* has no isthing"):
+        load(data)
+
+
 def test_number_of_classes_that_contradicts_the_dataset():
     opts = ["DATASETS.TRAIN", "('shapes_train',)", "MODEL.KMAX.NUM_CLASSES"]
     with pytest.raises(UserError, match=r"NUM_CLASSES is 5, but shapes_train has 9 classes"):

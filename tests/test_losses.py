@@ -8,6 +8,7 @@ import reference
 import torch
 import torch.nn.functional as F
 
+from kmax_d2.errors import UserError
 from kmax_d2.modeling import losses
 from kmax_d2.modeling.criterion import Criterion, make_targets
 from kmax_d2.modeling.matcher import VOID, Targets, match
@@ -29,7 +30,12 @@ def random_targets(batch=2, pixels=60, segments=5, classes=7, void=0.2):
     ids[torch.rand(batch, pixels) < void] = VOID
     labels = torch.randint(classes, (batch, segments))
     labels[torch.arange(segments) >= counts[:, None]] = VOID
-    return Targets(ids, labels)
+    return Targets(ids, labels, areas_of(ids, segments))
+
+
+def areas_of(ids, segments):
+    """(B, S) pixels of each mask of id maps (B, P)."""
+    return (ids[:, :, None] == torch.arange(segments)).sum(1)
 
 
 def random_prediction(batch=2, queries=8, classes=7, pixels=60, channels=6):
@@ -49,8 +55,9 @@ def official(request):
     # The official samples took every pixel.
     options = {"num_samples": targets.segment_ids.shape[1]}
     if request.param == "cityscapes":
-        options["instance_temperature"] = 0.6
-        semantic = None  # another term there
+        is_thing = [trained >= 11 for trained in range(19)]
+        options |= {"instance_temperature": 0.6, "semantic_hard_share": 0.2}
+        options |= {"is_thing": is_thing, "small_instance_area": 4096, "small_instance_weight": 3.0}
     return Criterion(**options)(final, auxiliary, semantic, targets), arrays
 
 
@@ -65,7 +72,6 @@ def test_official_value(official, term, prediction):
     assert ours[name].item() == pytest.approx(arrays[theirs].mean(), rel=1e-5)
 
 
-@pytest.mark.parametrize("official", ["coco"], indirect=True)
 def test_official_semantic_value(official):
     ours, arrays = official
     assert ours["loss_semantic"].item() == pytest.approx(arrays["loss/semantic_loss"].mean(), rel=1e-5)
@@ -116,7 +122,9 @@ def test_temperature_prefers_small_masks(temperature):
     """The first pixel drawn has probability area^-T / Σ area^-T, over pixels."""
     batch, small, large = 3000, 20, 180
     ids = torch.cat([torch.zeros(small, dtype=torch.int64), torch.ones(large, dtype=torch.int64)]).repeat(batch, 1)
-    pixels = losses.sample_pixels(Targets(ids, torch.zeros(batch, 2, dtype=torch.int64)), 1, temperature)
+    pixels = losses.sample_pixels(
+        Targets(ids, torch.zeros(batch, 2, dtype=torch.int64), areas_of(ids, 2)), 1, temperature
+    )
     share = (pixels < small).float().mean().item()
     expected = small ** (1 - temperature) / (small ** (1 - temperature) + large ** (1 - temperature))
     assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / batch)
@@ -217,6 +225,115 @@ def test_semantic_loss_is_cross_entropy_of_sampled_pixels():
                 terms.append(-logits[image, :, pixel].log_softmax(0)[category].item())
         assert 0 < len(terms) < 58
         assert value[image].item() == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+
+
+# --- the hardest pixels' semantic term ---
+
+
+def logits_of(losses_, classes, num_classes=3):
+    """(1, K, P) logits whose cross-entropy against each pixel's class (P,) is the wanted one, above log K."""
+    logits = torch.zeros(1, num_classes, len(classes))
+    for pixel, (loss, category) in enumerate(zip(losses_, classes, strict=True)):
+        logits[0, category, pixel] = -math.log((math.exp(loss) - 1) / (num_classes - 1))
+    return logits.requires_grad_()
+
+
+def hardest(losses_, ids, weights, share):
+    """Value and gradient (K, P) where mask s has class s % 3."""
+    ids = torch.tensor([ids])
+    labels = torch.arange(len(weights)) % 3
+    targets = Targets(ids, labels[None], areas_of(ids, len(weights)))
+    logits = logits_of(losses_, labels[ids[0].clamp_min(0)].tolist())
+    value = losses.hardest_semantic_loss(logits, ids, targets, torch.tensor([weights]), share)
+    value.sum().backward()
+    return value.item(), logits.grad[0]
+
+
+def test_hardest_pixels_are_chosen_after_weighting():
+    values = [2.0, 3.0, 4.0, 5.0, 9.0]
+    value, grad = hardest(values, [0, 0, 1, 1, -1], [3.0, 1.0], 0.4)
+    # 3 · 2 and 3 · 3 of mask 0; mask 1's 4 and 5 are less, and void's 9 does not count.
+    assert value == pytest.approx((6 + 9) / 2, rel=1e-5)
+    assert torch.equal(grad.abs().sum(0) > 0, torch.tensor([True, True, False, False, False]))
+    value, _ = hardest(values, [0, 0, 1, 1, -1], [1.0, 1.0], 0.4)
+    assert value == pytest.approx((5 + 4) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(("pixels", "share", "count"), [(12, 0.2, 2), (13, 0.2, 3), (4, 0.2, 1), (8, 1.0, 8)])
+def test_share_of_the_hardest_pixels_is_rounded(pixels, share, count):
+    values = [2.0 + index for index in range(pixels)]
+    value, grad = hardest(values, [0] * pixels, [1.0], share)
+    assert value == pytest.approx(sum(values[-count:]) / count, rel=1e-5)
+    assert torch.equal(grad.abs().sum(0) > 0, torch.arange(pixels) >= pixels - count)
+
+
+def test_hardest_share_counts_void_but_does_not_divide_by_it():
+    """Of ten pixels the share is four, of which only three are not void."""
+    value, _ = hardest([2.0, 4.0, 6.0] + [9.0] * 7, [0, 1, 0] + [-1] * 7, [1.0, 1.0], 0.4)
+    assert value == pytest.approx(4.0, rel=1e-5)
+
+
+def test_only_small_things_weigh_more():
+    """Areas are those of the whole crop, not of the pixels that are read, and of each instance alone."""
+    ids = torch.full((65, 65), VOID)
+    ids[:10, :10] = 0  # a thing of 100 pixels
+    ids[:10, 10:20] = 1  # another of its class
+    ids[:10, 20:30] = 2  # stuff of 100 pixels
+    ids[20:30, :11] = 3  # a thing of 110 pixels
+    ids[63:, 63:] = 4  # a thing of which no pixel is read but one
+    targets = make_targets([ids], [torch.tensor([1, 1, 0, 2, 1])], (17, 17), 4)
+    assert targets.areas.tolist() == [[100, 100, 100, 110, 4]]
+    is_thing = torch.tensor([False, True, True])
+    for area, expected in ((101, [3, 3, 1, 1, 3]), (100, [1, 1, 1, 1, 3]), (4096, [3, 3, 1, 3, 3])):
+        assert losses.small_instance_weights(targets, is_thing, area, 3.0).tolist() == [expected]
+
+
+def test_official_semantic_weights():
+    """Of every pixel of the whole crop but void, which the official weights do not show."""
+    arrays = reference.load("loss_cityscapes")
+    ids = torch.from_numpy(arrays["segment_id"]).long() - 1
+    labels = arrays["segment_class"]
+    size = tuple(ids.shape[1:])
+    targets = make_targets(list(ids), [torch.from_numpy(row[row >= 0]).long() for row in labels], size, 1)
+    is_thing = torch.arange(19) >= 11
+    weights = losses.small_instance_weights(targets, is_thing, 4096, 3.0)
+    ours = weights.gather(1, targets.segment_ids.clamp_min(0)).view_as(ids)
+    valid = ids != VOID
+    assert torch.equal(ours[valid], torch.from_numpy(arrays["semantic_weight"])[valid])
+    assert {1.0, 3.0} == set(ours[valid].tolist())
+
+
+def test_semantic_targets_are_read_at_the_semantic_maps_positions():
+    """Every pixel of the semantic map against its place in the crop, whatever the stride of the masks."""
+    ids = torch.randint(-1, 6, (2, 65, 97))
+    labels = [torch.randint(3, (6,)) for _ in ids]
+    semantic = torch.randn(2, 3, 3, 4)
+    expected = []
+    for image in range(2):
+        small = ids[image, ::32, ::32]
+        terms = [
+            -semantic[image].log_softmax(0)[labels[image][small[y, x]], y, x].item()
+            for y in range(3)
+            for x in range(4)
+            if small[y, x] != VOID
+        ]
+        expected.append(sum(terms) / len(terms))
+    for stride in (2, 4, 8):
+        size = (64 // stride + 1, 96 // stride + 1)
+        prediction = random_prediction(classes=3, pixels=size[0] * size[1])
+        prediction = prediction._replace(
+            mask_logits=prediction.mask_logits.unflatten(2, size),
+            pixel_feature=prediction.pixel_feature.unflatten(2, size),
+        )
+        criterion = Criterion(num_samples=20, semantic_hard_share=1.0, is_thing=[True] * 3)
+        values = criterion(prediction, [], semantic, make_targets(list(ids), labels, size, stride))
+        assert values["loss_semantic"].item() == pytest.approx(sum(expected) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("share", [-0.1, 20.0])
+def test_share_that_is_none(share):
+    with pytest.raises(UserError, match=f"from 0 to 1, not {share}"):
+        Criterion(semantic_hard_share=share)
 
 
 # --- matching, PQ-style terms and mask-id ---
@@ -349,13 +466,16 @@ def test_images_with_fewer_masks_are_padded_in_the_classes():
 # --- the borders ---
 
 
-def run_criterion(prediction, targets, size):
+HARDEST = {"semantic_hard_share": 0.2, "is_thing": [True, False] * 3 + [True], "small_instance_weight": 3.0}
+
+
+def run_criterion(prediction, targets, size, **options):
     """Losses, and the gradients of class logits, mask logits, features and semantic logits for each of them."""
     semantic = torch.randn(len(targets.classes), 8, *size, requires_grad=True)
     maps = prediction._replace(
         mask_logits=prediction.mask_logits.unflatten(2, size), pixel_feature=prediction.pixel_feature.unflatten(2, size)
     )
-    values = Criterion(num_samples=30)(maps, [maps], semantic, targets)
+    values = Criterion(num_samples=30, **options)(maps, [maps], semantic, targets)
     inputs = {**prediction._asdict(), "semantic": semantic}
     gradients = {}
     for name, value in values.items():
@@ -366,11 +486,12 @@ def run_criterion(prediction, targets, size):
     return values, gradients
 
 
-def test_batch_without_any_mask():
+@pytest.mark.parametrize("options", [{}, HARDEST], ids=["sampled", "hardest"])
+def test_batch_without_any_mask(options):
     prediction = random_prediction()
     ids = [torch.full((6, 10), VOID)] * 2
     targets = make_targets(ids, [torch.zeros(0, dtype=torch.int64)] * 2, (6, 10), 1)
-    values, gradients = run_criterion(prediction, targets, (6, 10))
+    values, gradients = run_criterion(prediction, targets, (6, 10), **options)
     for name, value in values.items():
         if name.startswith("loss_pq_class"):
             # Every query lies on void only, and shall say so.
@@ -386,7 +507,7 @@ def test_one_image_without_a_mask_leaves_the_other_alone():
     prediction = random_prediction()
     targets = random_targets()
     targets.segment_ids[1], targets.classes[1] = VOID, VOID
-    alone = Targets(targets.segment_ids[:1], targets.classes[:1])
+    alone = Targets(*(part[:1] for part in targets))
     values, gradients = run_criterion(prediction, targets, (6, 10))
     first, _ = run_criterion(Prediction(*(p[:1] for p in prediction)), alone, (6, 10))
     for name in ("loss_pq_mask", "loss_mask_id"):
@@ -395,6 +516,9 @@ def test_one_image_without_a_mask_leaves_the_other_alone():
         assert gradients[name]["mask_logits"][0].any()
     assert not gradients["loss_instance"]["pixel_feature"][1].any()
     assert gradients["loss_instance"]["pixel_feature"][0].any()
+    _, gradients = run_criterion(prediction, targets, (6, 10), **HARDEST)
+    learning = gradients["loss_semantic"]["semantic"].abs().sum(1).flatten(1) > 0
+    assert learning.sum(1).tolist() == [12, 0]  # a fifth of 60 pixels
 
 
 def test_more_masks_than_queries():
@@ -415,8 +539,9 @@ def test_more_masks_than_queries():
         assert torch.equal(learning, torch.isin(targets.segment_ids[image], matched))
 
 
+@pytest.mark.parametrize("options", [{}, HARDEST], ids=["sampled", "hardest"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_losses_are_computed_in_float32_under_autocast(dtype):
+def test_losses_are_computed_in_float32_under_autocast(dtype, options):
     """Half precision can not even count the pixels of a large mask."""
     size = (300, 300)
     ids = torch.zeros(size, dtype=torch.int64)
@@ -429,9 +554,9 @@ def test_losses_are_computed_in_float32_under_autocast(dtype):
     prediction = Prediction(torch.randn(1, 4, 8), mask_logits, F.normalize(torch.randn(1, 6, *size), dim=1))
     semantic = torch.randn(1, 8, *size)
     torch.manual_seed(1)
-    expected = Criterion(num_samples=500)(prediction, [], semantic, targets)
+    expected = Criterion(num_samples=500, **options)(prediction, [], semantic, targets)
     torch.manual_seed(1)
     with torch.autocast("cpu", dtype=dtype):
-        values = Criterion(num_samples=500)(prediction, [], semantic, targets)
+        values = Criterion(num_samples=500, **options)(prediction, [], semantic, targets)
     for name, value in expected.items():
         torch.testing.assert_close(values[name], value, rtol=1e-5, atol=1e-6)

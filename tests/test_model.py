@@ -13,8 +13,11 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from kmax_d2 import add_kmax_config
+from kmax_d2.engine import load_config
+from kmax_d2.errors import UserError
 from kmax_d2.modeling import (
     PIXEL_DECODER_REGISTRY,
+    SEMANTIC_HEAD_REGISTRY,
     TRANSFORMER_DECODER_REGISTRY,
     KMaXDeepLab,
     KMaXPixelDecoder,
@@ -24,12 +27,23 @@ from kmax_d2.modeling.backbones import KMaXResNet
 from kmax_d2.modeling.kmax_decoder import KMaXDecoderLayer
 from kmax_d2.modeling.kmeans import KMeansCrossAttention
 from kmax_d2.modeling.postprocess import resize_nearest
+from kmax_d2.modeling.semantic_head import ASPPSemanticHead
 
 NUM_CLASSES = 6
 THINGS = {0, 2, 3}
 QUERIES = 16
 DATASET = "kmax_d2_tests_six_classes"
 MetadataCatalog.get(DATASET).set(thing_dataset_id_to_contiguous_id={10 + index: index for index in THINGS})
+# What sets the Cityscapes models apart.
+CITYSCAPES = (
+    *("MODEL.KMAX.PIXEL_DECODER.IN_FEATURES", ["stage5", "stage4", "stage3", "stage2", "stage1"]),
+    *("MODEL.KMAX.PIXEL_DECODER.WIDTHS", [64, 32, 16, 8, 8]),
+    *("MODEL.KMAX.PIXEL_DECODER.BLOCKS", [1, 1, 1, 1, 1]),
+    *("MODEL.KMAX.PIXEL_DECODER.KINDS", ["axial", "axial", "bottleneck", "bottleneck", "bottleneck"]),
+    *("MODEL.KMAX.SEMANTIC_HEAD.NAME", "PointwiseSemanticHead"),
+    *("MODEL.KMAX.LOSS.SEMANTIC_HARD_SHARE", 0.2),
+    *("MODEL.KMAX.LOSS.SMALL_INSTANCE_WEIGHT", 3.0),
+)
 SIZES = [(64, 48), (65, 65), (33, 33), (17, 17), (50, 71), (97, 40), (16, 100)]
 
 
@@ -59,7 +73,7 @@ def build(*options):
             *options,
         ]
     )
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # no pixel of a test lies so near to two clusters that rounding could move it
     model = build_model(cfg)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -92,6 +106,12 @@ def build_sure(*options):
     return model.eval()
 
 
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
 def picture(height, width, seed=0):
     """A colourful smooth image (3, H, W), uint8."""
     generator = torch.Generator().manual_seed(seed)
@@ -117,9 +137,9 @@ def sure_model():
     return build_sure()
 
 
-@pytest.fixture
-def training_model():
-    return build().train()
+@pytest.fixture(params=[(), CITYSCAPES], ids=["coco", "cityscapes"])
+def training_model(request):
+    return build(*request.param).train()
 
 
 def assert_same_results(first, second):
@@ -182,10 +202,11 @@ def test_semantic_class_is_that_of_the_query_with_the_largest_logit(sure_model, 
 
 
 @torch.no_grad()
-def test_instances_are_the_masks_of_thing_queries(sure_model):
+def test_instances_are_the_masks_of_thing_queries():
+    model = build_sure("MODEL.KMAX.TEST.INSTANCE", "query")
     image = picture(65, 65)
-    (result,) = sure_model([{"image": image}])
-    raw = sure_model.predict(image[None])
+    (result,) = model([{"image": image}])
+    raw = model.predict(image[None])
     confidence, category = raw["class_logits"][0].softmax(1)[:, :-1].max(1)
     small = raw["mask_logits"][0].softmax(0)
     full = F.interpolate(raw["mask_logits"], (65, 65), mode="bilinear", align_corners=True)[0].softmax(0)
@@ -358,6 +379,7 @@ def test_training_on_any_size(training_model, sizes):
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in training_model.parameters())
 
 
+@pytest.mark.parametrize("training_model", [()], indirect=True)
 def test_one_image_in_training_leaves_the_pooled_norm_in_order(training_model):
     """One pooled pixel has no variance: it must neither crash nor pull the running variance to zero."""
     training_model([sample(65, 65)])
@@ -400,14 +422,15 @@ NO_EFFECT = (
     "mask_norm.bias",
     "norm_logits.bias",
     "predictor.pixel_projection.bias",
-    "kmeans.norm.bias",
+    "cross_attention.norm.bias",
     "height_attention.norm_values.bias",
 )
 
 
-def test_gradients_reach_every_parameter():
-    model = build("MODEL.KMAX.TRANSFORMER_DECODER.DROP_PATH", 0.0).train()
-    model.semantic_head.aspp.dropout.p = 0.0
+@pytest.mark.parametrize("options", [(), CITYSCAPES], ids=["coco", "cityscapes"])
+def test_gradients_reach_every_parameter(options):
+    model = build("MODEL.KMAX.TRANSFORMER_DECODER.DROP_PATH", 0.0, *options).train()
+    without_dropout(model)
     sum(model([sample(129, 97, seed) for seed in range(2)]).values()).backward()
     largest = {}
     for name, parameter in model.named_parameters():
@@ -422,9 +445,8 @@ def test_gradients_reach_every_parameter():
 
 def test_gradient_of_a_decoder_is_its_slope():
     """Of everything that a decoder gives, along one direction in the centers and one in the pixels."""
-    layer = KMaXDecoderLayer(
-        8, 16, 5, ffn_channels=32, key_channels=16, num_heads=8, feature_channels=8, drop_path=0.0, norm="BN"
-    ).eval()
+    options = {"ffn_channels": 32, "key_channels": 16, "num_heads": 8, "feature_channels": 8, "drop_path": 0.0}
+    layer = KMaXDecoderLayer(8, 16, 5, cross_attention="KMeansCrossAttention", norm="BN", **options).eval()
     for module in layer.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -452,9 +474,11 @@ def test_gradient_of_a_decoder_is_its_slope():
         torch.testing.assert_close(exact, numeric, rtol=0.02, atol=0.02)
 
 
-def test_one_image_learns_what_two_equal_ones_do():
+@pytest.mark.parametrize("name", ["KMeansCrossAttention", "SoftmaxCrossAttention", "SharedSoftmaxCrossAttention"])
+def test_one_image_learns_what_two_equal_ones_do(name):
     """Their batch statistics are the same, and so must the gradients be."""
     model = build(
+        *("MODEL.KMAX.TRANSFORMER_DECODER.CROSS_ATTENTION", name),
         *("MODEL.KMAX.TRANSFORMER_DECODER.DROP_PATH", 0.0),
         *("MODEL.KMAX.LOSS.SEMANTIC_WEIGHT", 0.0),  # its pooled pixel is alone in a batch of one
         *("MODEL.KMAX.LOSS.NUM_SAMPLES", 1000),
@@ -472,7 +496,7 @@ def test_one_image_learns_what_two_equal_ones_do():
 
 def test_a_step_along_the_gradient_lowers_the_loss():
     model = build("MODEL.KMAX.TRANSFORMER_DECODER.DROP_PATH", 0.0, "MODEL.KMAX.LOSS.NUM_SAMPLES", 1000).train()
-    model.semantic_head.aspp.dropout.p = 0.0
+    without_dropout(model)
     inputs = [sample(65, 65, seed) for seed in range(2)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     totals = []
@@ -483,6 +507,106 @@ def test_a_step_along_the_gradient_lowers_the_loss():
         optimizer.step()
         totals.append(total.item())
     assert totals[-1] < 0.93 * totals[0]
+
+
+def seen_by_criterion(model):
+    """A list that each training step of the model appends its final and auxiliary predictions to, as one list."""
+    seen = []
+    model.criterion.register_forward_pre_hook(lambda _, inputs: seen.append([inputs[0], *inputs[1]]))
+    return seen
+
+
+def test_hardest_pixels_of_the_whole_model():
+    """Its semantic term against the same from the inputs: every pixel of stride 32, of small things three times."""
+    model = build(*CITYSCAPES, "MODEL.KMAX.LOSS.SMALL_INSTANCE_AREA", 100).train()
+    logits = []
+    model.semantic_head.register_forward_hook(lambda _, inputs, output: logits.append(output))
+    inputs = [sample(97, 129, 0), sample(97, 97, 1)]
+    value = model(inputs)["loss_semantic"]
+    assert logits[0].shape == (2, NUM_CLASSES, 4, 5)
+    expected = []
+    for x, image in zip(inputs, logits[0], strict=True):
+        ids = x["segment_ids"]
+        terms = [0.0] * 20
+        for index, (row, column) in enumerate(itertools.product(range(4), range(5))):
+            if 32 * column >= ids.shape[1] or ids[32 * row, 32 * column] < 0:
+                continue
+            segment = ids[32 * row, 32 * column]
+            category = x["segment_classes"][segment].item()
+            small = category in THINGS and (ids == segment).sum() < 100
+            terms[index] = (3 if small else 1) * -image[:, row, column].log_softmax(0)[category].item()
+        expected.append(sum(sorted(terms)[-4:]) / 4)
+    assert value.item() == pytest.approx(sum(expected) / 2, rel=1e-5)
+
+
+def test_last_stage_at_stride_2():
+    model = build(*CITYSCAPES).eval()
+    with torch.no_grad():
+        assert model.predict(picture(65, 97)[None])["mask_logits"].shape == (1, QUERIES, 33, 49)
+        assert model([{"image": picture(50, 41)}])[0]["panoptic_seg"][0].shape == (50, 41)
+    seen = seen_by_criterion(model.train())
+    model([sample(65, 97)])
+    assert seen[0][0].mask_logits.shape[-2:] == (33, 49)
+
+
+# --- drop query ---
+
+
+def test_drop_query_trains_a_random_part_of_the_queries():
+    options = ("MODEL.KMAX.TRANSFORMER_DECODER.DROP_PATH", 0.0, "MODEL.KMAX.LOSS.NUM_SAMPLES", 1000)
+    model = build(*options, "MODEL.KMAX.TRANSFORMER_DECODER.TRAINING_QUERIES", 5).train()
+    small = build(*options, "MODEL.KMAX.TRANSFORMER_DECODER.NUM_QUERIES", 5).train()
+    for module in (model, small):
+        without_dropout(module)
+    centers = model.transformer_decoder.centers
+    seen, seen_by_small = seen_by_criterion(model), seen_by_criterion(small)
+    inputs = [sample(65, 65, seed) for seed in range(2)]  # of more masks than five
+    draws = set()
+    for iteration in range(3):
+        model.zero_grad()
+        losses = model(inputs)
+        sum(losses.values()).backward()
+        assert all(torch.isfinite(value) and value > 0 for value in losses.values())
+        drawn = (centers.grad.abs().sum(1) > 0).nonzero()[:, 0]
+        assert len(drawn) == 5
+        draws.add(tuple(drawn.tolist()))
+        # The same as with a model that has no other queries, but for their order.
+        small.load_state_dict(model.state_dict() | {"transformer_decoder.centers": centers[drawn]})
+        small(inputs)
+        assert len(seen[iteration]) == 7
+        for ours, theirs in zip(seen[iteration], seen_by_small[iteration], strict=True):
+            orders = [prediction.class_logits[0, :, 0].argsort() for prediction in (ours, theirs)]
+            for name in ("class_logits", "mask_logits"):
+                first, second = (
+                    getattr(prediction, name)[:, order]
+                    for prediction, order in zip((ours, theirs), orders, strict=True)
+                )
+                assert first.shape[1] == 5
+                torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
+    assert len(draws) > 1
+
+
+def test_drop_query_tests_all_queries():
+    plain = build().eval()
+    model = build("MODEL.KMAX.TRANSFORMER_DECODER.TRAINING_QUERIES", 5).eval()
+    model.load_state_dict(plain.state_dict())
+    image = picture(65, 65)[None]
+    ours, theirs = (m.predict(image, auxiliary=True) for m in (model, plain))
+    for first, second in zip([ours, *ours["auxiliary"]], [theirs, *theirs["auxiliary"]], strict=True):
+        assert first["mask_logits"].shape[1] == QUERIES
+        assert torch.equal(first["mask_logits"], second["mask_logits"])
+        assert torch.equal(first["class_logits"], second["class_logits"])
+
+
+def test_drop_query_of_the_paper():
+    options = load_config("coco/convnext_l_256q").MODEL.KMAX.TRANSFORMER_DECODER
+    assert (options.NUM_QUERIES, options.TRAINING_QUERIES) == (256, 128)
+
+
+@pytest.mark.parametrize("count", [-1, QUERIES + 1])
+def test_drop_query_of_a_number_that_cannot_be(count):
+    with pytest.raises((ValueError, UserError), match=f"{count} of {QUERIES} queries"):
+        build("MODEL.KMAX.TRANSFORMER_DECODER.TRAINING_QUERIES", count)
 
 
 def test_semantic_head_is_left_out_without_its_weight():
@@ -524,6 +648,11 @@ class CountingKMaXTransformerDecoder(Counting, KMaXTransformerDecoder):
     pass
 
 
+@SEMANTIC_HEAD_REGISTRY.register()
+class CountingSemanticHead(Counting, ASPPSemanticHead):
+    pass
+
+
 @pytest.mark.parametrize(
     ("option", "name", "part"),
     [
@@ -531,23 +660,43 @@ class CountingKMaXTransformerDecoder(Counting, KMaXTransformerDecoder):
         ("MODEL.BACKBONE.NAME", "CountingKMaXResNet", "backbone"),
         ("MODEL.KMAX.PIXEL_DECODER.NAME", "CountingKMaXPixelDecoder", "pixel_decoder"),
         ("MODEL.KMAX.TRANSFORMER_DECODER.NAME", "CountingKMaXTransformerDecoder", "transformer_decoder"),
+        ("MODEL.KMAX.SEMANTIC_HEAD.NAME", "CountingSemanticHead", "semantic_head"),
     ],
 )
 def test_parts_are_replaced_by_name(option, name, part):
-    model = build(option, name).eval()
+    model = build(option, name).train()
     module = model.get_submodule(part)
     assert type(module).__name__ == name
-    with torch.no_grad():
-        model([{"image": picture(65, 65)}])
+    model([sample(65, 65)])
     assert module.calls == 1
     # The same network otherwise, down to the names in its checkpoints.
     assert set(model.state_dict()) == set(build().state_dict())
 
 
+@pytest.mark.parametrize(
+    ("option", "name", "near"),
+    [
+        ("MODEL.BACKBONE.NAME", "KMaxResNet", "KMaXResNet"),
+        ("MODEL.KMAX.PIXEL_DECODER.NAME", "KMaxPixelDecoder", "KMaXPixelDecoder"),
+        ("MODEL.KMAX.TRANSFORMER_DECODER.NAME", "TransformerDecoder", "KMaXTransformerDecoder"),
+        ("MODEL.KMAX.TRANSFORMER_DECODER.CROSS_ATTENTION", "kmeans_cross_attention", "KMeansCrossAttention"),
+        ("MODEL.KMAX.SEMANTIC_HEAD.NAME", "PointSemanticHead", "PointwiseSemanticHead"),
+    ],
+)
+def test_part_of_an_unknown_name(option, name, near):
+    with pytest.raises(UserError) as raised:
+        build(option, name)
+    before, meant = str(raised.value).split(" - ")
+    wrong, known = before.split(", but there are ")
+    assert wrong == f"{option} is {name}"
+    assert near in known.split(", ")
+    assert meant == f"did you mean {near}?"
+
+
 def test_training_under_autocast_is_close_to_float32():
     options = ("MODEL.KMAX.TRANSFORMER_DECODER.DROP_PATH", 0.0, "MODEL.KMAX.LOSS.NUM_SAMPLES", 1000)
     model = build(*options).train()
-    model.semantic_head.aspp.dropout.p = 0.0
+    without_dropout(model)
     inputs = [sample(65, 65, seed) for seed in range(2)]
     expected = model(inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
+from ..errors import UserError
 from .layers import resize
 from .losses import (
+    hardest_semantic_loss,
     instance_discrimination_loss,
     mask_id_loss,
     pq_class_loss,
@@ -16,6 +19,7 @@ from .losses import (
     sample_features,
     sample_pixels,
     semantic_loss,
+    small_instance_weights,
 )
 from .matcher import VOID, Targets, match
 from .predictor import Prediction
@@ -32,6 +36,9 @@ class Criterion(nn.Module):
         num_samples: pixels sampled for the instance and semantic terms.
         instance_temperature, semantic_temperature: how much these samples prefer small masks.
         min_pq_weight: floor of the detached weights of the PQ-style terms.
+        semantic_hard_share: the semantic loss takes this share of all pixels, the hardest ones; 0 samples pixels.
+        is_thing: for each of the K contiguous classes; read, as the next two are, where that share is not 0.
+        small_instance_area, small_instance_weight: pixels of things with fewer pixels in the crop have this weight.
     """
 
     def __init__(
@@ -45,8 +52,14 @@ class Criterion(nn.Module):
         instance_temperature: float = 1.5,
         semantic_temperature: float = 2.0,
         min_pq_weight: float = 1e-5,
+        semantic_hard_share: float = 0.0,
+        is_thing: Sequence[bool] = (),
+        small_instance_area: int = 4096,
+        small_instance_weight: float = 1.0,
     ):
         super().__init__()
+        if not 0 <= semantic_hard_share <= 1:
+            raise UserError(f"the share of the hardest pixels is from 0 to 1, not {semantic_hard_share}")
         self.weights = {
             "loss_pq_class": pq_weight,
             "loss_pq_mask": pq_weight,
@@ -58,6 +71,10 @@ class Criterion(nn.Module):
         self.instance_temperature = instance_temperature
         self.semantic_temperature = semantic_temperature
         self.min_pq_weight = min_pq_weight
+        self.semantic_hard_share = semantic_hard_share
+        self.small_instance_area = small_instance_area
+        self.small_instance_weight = small_instance_weight
+        self.register_buffer("is_thing", torch.tensor(is_thing, dtype=torch.bool), persistent=False)
 
     def forward(
         self,
@@ -71,7 +88,8 @@ class Criterion(nn.Module):
         Args:
             final: the final prediction, at the size (h, w) that the targets are read at.
             auxiliary: those of the decoders, of any size.
-            semantic_logits: (B, K + 1, h, w), or None without a semantic head.
+            semantic_logits: (B, K or K + 1, h', w'), or None without a semantic head. Of any size; for the hardest
+                pixels every position must be one of the final map's too.
             targets: ground truth with P = h · w.
 
         Returns:
@@ -82,7 +100,9 @@ class Criterion(nn.Module):
             predictions = [Prediction(*(tensor.float() for tensor in p)) for p in (final, *auxiliary)]
             losses = self._matched_losses(predictions, targets)
             if semantic_logits is not None:
-                losses["loss_semantic"] = self._semantic_loss(semantic_logits.float(), targets, final)
+                losses["loss_semantic"] = self._semantic_loss(
+                    semantic_logits.float(), targets, final.mask_logits.shape[-2:]
+                )
         return losses
 
     def _matched_losses(self, predictions: Sequence[Prediction], targets: Targets) -> dict[str, torch.Tensor]:
@@ -114,16 +134,24 @@ class Criterion(nn.Module):
             losses |= {f"{name}_{index - 1}": values[index] for name, values in means.items()}
         return losses
 
-    def _semantic_loss(self, logits: torch.Tensor, targets: Targets, final: Prediction) -> torch.Tensor:
-        pixels = sample_pixels(targets, self.num_samples, self.semantic_temperature)
-        sampled = sample_features(logits, pixels, final.mask_logits.shape[-2:])
-        return self.weights["loss_semantic"] * semantic_loss(sampled, pixels, targets).mean()
+    def _semantic_loss(self, logits: torch.Tensor, targets: Targets, size: tuple[int, int]) -> torch.Tensor:
+        if self.semantic_hard_share > 0:
+            step = (size[0] - 1) // (logits.shape[2] - 1)
+            ids = targets.segment_ids.unflatten(1, size)[:, ::step, ::step].flatten(1)
+            weights = small_instance_weights(
+                targets, self.is_thing, self.small_instance_area, self.small_instance_weight
+            )
+            losses = hardest_semantic_loss(logits.flatten(2), ids, targets, weights, self.semantic_hard_share)
+        else:
+            pixels = sample_pixels(targets, self.num_samples, self.semantic_temperature)
+            losses = semantic_loss(sample_features(logits, pixels, size), pixels, targets)
+        return self.weights["loss_semantic"] * losses.mean()
 
 
 def make_targets(
     segment_ids: Sequence[torch.Tensor], classes: Sequence[torch.Tensor], size: tuple[int, int], stride: int
 ) -> Targets:
-    """Reads id maps at every `stride`-th pixel and renumbers the masks that are left.
+    """Reads id maps at every `stride`-th pixel, renumbers the masks that are left and counts all their pixels.
 
     Args:
         segment_ids: for each image (H, W) integers, the index of the pixel's mask or -1 for void.
@@ -133,7 +161,7 @@ def make_targets(
     """
     device = segment_ids[0].device
     ids = torch.full((len(segment_ids), *size), VOID, device=device)
-    kept = []
+    kept, areas = [], []
     for row, image_ids, image_classes in zip(ids, segment_ids, classes, strict=True):
         strided = image_ids[::stride, ::stride]
         row[: strided.shape[0], : strided.shape[1]] = strided
@@ -142,7 +170,11 @@ def make_targets(
         table = torch.cat([present.new_full((1,), VOID, dtype=torch.int64), present.cumsum(0) - 1])
         row.copy_(table[row + 1])
         kept.append(image_classes[present])
-    padded = torch.full((len(kept), max(1, *(len(c) for c in kept))), VOID, device=device)
-    for row, image_classes in zip(padded, kept, strict=True):
-        row[: len(image_classes)] = image_classes
-    return Targets(ids.flatten(1), padded)
+        areas.append(torch.bincount(image_ids.flatten() + 1, minlength=len(image_classes) + 1)[1:][present])
+    # A row of length one more, so that S ≥ 1 where no image has a mask.
+    padding = torch.full((1,), VOID, device=device)
+    return Targets(
+        ids.flatten(1),
+        pad_sequence([*kept, padding], batch_first=True, padding_value=VOID)[:-1],
+        pad_sequence([*areas, padding], batch_first=True)[:-1],
+    )

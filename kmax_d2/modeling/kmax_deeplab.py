@@ -7,16 +7,18 @@ from collections.abc import Sequence
 import torch
 from detectron2.config import configurable
 from detectron2.data import MetadataCatalog
-from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_backbone
 from torch import nn
 
+from ..errors import UserError, did_you_mean
 from .criterion import Criterion, make_targets
+from .cross_attention import CROSS_ATTENTION_REGISTRY
 from .kmax_decoder import TRANSFORMER_DECODER_REGISTRY
-from .merging import MaskWiseMerging
+from .merging import MaskWiseMerging, marginal_classes
 from .pixel_decoder import PIXEL_DECODER_REGISTRY
-from .postprocess import instance_result, panoptic_result, semantic_result
+from .postprocess import panoptic_instances, panoptic_result, query_classes, query_instances, semantic_result
 from .predictor import Prediction
-from .semantic_head import SemanticHead
+from .semantic_head import SEMANTIC_HEAD_REGISTRY
 
 STRIDE = 32  # the coarsest map's; sides are padded to 32k + 1
 
@@ -43,6 +45,10 @@ class KMaXDeepLab(nn.Module):
         test_size: (height, width) that test images are padded to; None pads to the next 32k + 1.
         merge_at_crop: merge on the padded image and resize ids; else resize logits to the original size and merge.
         outputs: which of "panoptic", "semantic" and "instance" to give.
+        semantic: "query" or "marginal", :func:`~kmax_d2.modeling.postprocess.query_classes` or
+            :func:`~kmax_d2.modeling.merging.marginal_classes`.
+        instance: "panoptic" or "query", :func:`~kmax_d2.modeling.postprocess.panoptic_instances` or
+            :func:`~kmax_d2.modeling.postprocess.query_instances`.
         max_instances: instances kept for each image.
     """
 
@@ -63,6 +69,8 @@ class KMaXDeepLab(nn.Module):
         test_size: tuple[int, int] | None = None,
         merge_at_crop: bool = True,
         outputs: Sequence[str] = ("panoptic", "semantic", "instance"),
+        semantic: str = "query",
+        instance: str = "panoptic",
         max_instances: int = 100,
     ):
         super().__init__()
@@ -77,6 +85,8 @@ class KMaXDeepLab(nn.Module):
         self.test_size = test_size
         self.merge_at_crop = merge_at_crop
         self.outputs = tuple(outputs)
+        self.semantic = _one_of("SEMANTIC", semantic, ("query", "marginal"))
+        self.instance = _one_of("INSTANCE", instance, ("panoptic", "query"))
         self.max_instances = max_instances
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
@@ -88,23 +98,19 @@ class KMaXDeepLab(nn.Module):
         kmax, loss, test = cfg.MODEL.KMAX, cfg.MODEL.KMAX.LOSS, cfg.MODEL.KMAX.TEST
         if kmax.NUM_CLASSES < 1:
             raise ValueError("MODEL.KMAX.NUM_CLASSES is not set, and only kmax_d2.engine.setup takes it from a dataset")
+        _require_registered(cfg)
         backbone = build_backbone(cfg)
         shape = backbone.output_shape()
         pixel_decoder = PIXEL_DECODER_REGISTRY.get(kmax.PIXEL_DECODER.NAME)(cfg, shape)
         decoder = TRANSFORMER_DECODER_REGISTRY.get(kmax.TRANSFORMER_DECODER.NAME)(cfg, pixel_decoder.output_shape())
         semantic_head = None
         if loss.SEMANTIC_WEIGHT > 0:
-            semantic_head = SemanticHead(
-                shape,
-                kmax.NUM_CLASSES,
-                norm=kmax.NORM,
-                act_layer=getattr(backbone, "act_layer", nn.ReLU),
-                channels=kmax.SEMANTIC_HEAD.CHANNELS,
-                low_level_channels=tuple(kmax.SEMANTIC_HEAD.LOW_LEVEL_CHANNELS),
-            )
+            act_layer = getattr(backbone, "act_layer", nn.ReLU)
+            semantic_head = SEMANTIC_HEAD_REGISTRY.get(kmax.SEMANTIC_HEAD.NAME)(cfg, shape, act_layer)
         things = thing_classes(cfg)
+        is_thing = [index in things for index in range(kmax.NUM_CLASSES)]
         merging = MaskWiseMerging(
-            [index in things for index in range(kmax.NUM_CLASSES)],
+            is_thing,
             pixel_threshold=test.PIXEL_THRESHOLD,
             thing_threshold=test.THING_THRESHOLD,
             stuff_threshold=test.STUFF_THRESHOLD,
@@ -123,6 +129,10 @@ class KMaXDeepLab(nn.Module):
             instance_temperature=loss.INSTANCE_TEMPERATURE,
             semantic_temperature=loss.SEMANTIC_TEMPERATURE,
             min_pq_weight=loss.MIN_PQ_WEIGHT,
+            semantic_hard_share=loss.SEMANTIC_HARD_SHARE,
+            is_thing=is_thing,
+            small_instance_area=loss.SMALL_INSTANCE_AREA,
+            small_instance_weight=loss.SMALL_INSTANCE_WEIGHT,
         )
         wanted = {"panoptic": test.PANOPTIC_ON, "semantic": test.SEMANTIC_ON, "instance": test.INSTANCE_ON}
         return {
@@ -139,6 +149,8 @@ class KMaXDeepLab(nn.Module):
             "test_size": tuple(cfg.INPUT.CROP_SIZE) if test.PAD_TO_CROP else None,
             "merge_at_crop": test.MERGE_AT_CROP,
             "outputs": [name for name, on in wanted.items() if on],
+            "semantic": test.SEMANTIC,
+            "instance": test.INSTANCE,
             "max_instances": test.MAX_INSTANCES,
         }
 
@@ -252,21 +264,53 @@ class KMaXDeepLab(nn.Module):
         original = (inputs.get("height", real[0]), inputs.get("width", real[1]))
         class_logits, mask_logits = prediction.class_logits[row], prediction.mask_logits[row]
         if self.merge_at_crop:
-            merged = self.merging(class_logits, mask_logits, padded)
+            place = padded, (1.0, 1.0)
         else:
-            extent = tuple((r - 1) / (p - 1) for r, p in zip(real, padded, strict=True))
-            merged = self.merging(class_logits, mask_logits, original, extent)
+            place = original, tuple((r - 1) / (p - 1) for r, p in zip(real, padded, strict=True))
             real = original
+        merged = self.merging(class_logits, mask_logits, *place)
         result = {}
         if "panoptic" in self.outputs:
             result["panoptic_seg"] = panoptic_result(merged, real, original)
         if "semantic" in self.outputs:
-            result["sem_seg"] = semantic_result(merged, self.num_classes, real, original)
+            if self.semantic == "query":
+                classes = query_classes(merged)
+            else:
+                classes = marginal_classes(class_logits, mask_logits, *place)
+            result["sem_seg"] = semantic_result(classes, self.num_classes, real, original)
         if "instance" in self.outputs:
-            is_thing = self.merging.is_thing
-            threshold = self.merging.pixel_threshold
-            result["instances"] = instance_result(merged, is_thing, threshold, self.max_instances, real, original)
+            place = self.max_instances, real, original
+            if self.instance == "panoptic":
+                result["instances"] = panoptic_instances(merged, self.merging.is_thing, *place)
+            else:
+                threshold = self.merging.pixel_threshold
+                result["instances"] = query_instances(merged, self.merging.is_thing, threshold, *place)
         return result
+
+
+def _one_of(option: str, value: str, known: Sequence[str]) -> str:
+    if value not in known:
+        raise UserError(f"MODEL.KMAX.TEST.{option} is {value}, but there are {' and '.join(known)}")
+    return value
+
+
+def _require_registered(cfg) -> None:
+    """Raises UserError for an option that names a part which is in no registry."""
+    kmax = cfg.MODEL.KMAX
+    parts = {
+        "BACKBONE.NAME": (BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME),
+        "KMAX.PIXEL_DECODER.NAME": (PIXEL_DECODER_REGISTRY, kmax.PIXEL_DECODER.NAME),
+        "KMAX.TRANSFORMER_DECODER.NAME": (TRANSFORMER_DECODER_REGISTRY, kmax.TRANSFORMER_DECODER.NAME),
+        "KMAX.TRANSFORMER_DECODER.CROSS_ATTENTION": (
+            CROSS_ATTENTION_REGISTRY,
+            kmax.TRANSFORMER_DECODER.CROSS_ATTENTION,
+        ),
+        "KMAX.SEMANTIC_HEAD.NAME": (SEMANTIC_HEAD_REGISTRY, kmax.SEMANTIC_HEAD.NAME),
+    }
+    for option, (registry, name) in parts.items():
+        if name not in registry:
+            known = sorted(registered for registered, _ in registry)
+            raise UserError(f"MODEL.{option} is {name}, but there are {', '.join(known)}{did_you_mean(name, known)}")
 
 
 def thing_classes(cfg) -> set[int]:

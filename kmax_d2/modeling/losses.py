@@ -181,15 +181,49 @@ def instance_discrimination_loss(features: torch.Tensor, pixels: torch.Tensor, t
     return _mean_of_nonzero(losses * (segment_ids != VOID))
 
 
+def _semantic_cross_entropy(logits: torch.Tensor, segment_ids: torch.Tensor, targets: Targets) -> torch.Tensor:
+    """Logits (B, C, P), C ≥ K, of pixels and the masks (B, P) these belong to, to losses (B, P); zero for void."""
+    classes = targets.classes.gather(1, segment_ids.clamp_min(0)).where(segment_ids != VOID, VOID)
+    return F.cross_entropy(logits, classes, reduction="none", ignore_index=VOID)
+
+
 def semantic_loss(logits: torch.Tensor, pixels: torch.Tensor, targets: Targets) -> torch.Tensor:
     """Cross-entropy of the sampled pixels, void left out.
 
     Args:
-        logits: (B, k, K + 1) logits of the sampled pixels.
+        logits: (B, k, C) logits of the sampled pixels, C ≥ K.
         pixels: (B, k) these pixels.
         targets: ground truth.
     """
     segment_ids = targets.segment_ids.gather(1, pixels)
-    classes = targets.classes.gather(1, segment_ids.clamp_min(0)).where(segment_ids != VOID, VOID)
-    losses = F.cross_entropy(logits.transpose(1, 2), classes, reduction="none", ignore_index=VOID)
-    return _mean_of_nonzero(losses)
+    return _mean_of_nonzero(_semantic_cross_entropy(logits.transpose(1, 2), segment_ids, targets))
+
+
+def hardest_semantic_loss(
+    logits: torch.Tensor, segment_ids: torch.Tensor, targets: Targets, segment_weights: torch.Tensor, share: float
+) -> torch.Tensor:
+    """Cross-entropy of the pixels where it is largest, void left out (as in Panoptic-DeepLab, for Cityscapes).
+
+    Args:
+        logits: (B, C, P) logits of every pixel, C ≥ K.
+        segment_ids: (B, P) mask of each of these pixels.
+        targets: ground truth.
+        segment_weights: (B, S) factor on the losses of each mask's pixels, before the choice of the largest.
+        share: these are so many of P, from 0 to 1.
+    """
+    weights = segment_weights.gather(1, segment_ids.clamp_min(0))
+    losses = _semantic_cross_entropy(logits, segment_ids, targets) * weights
+    return _mean_of_nonzero(losses.topk(round(share * losses.shape[1]), dim=1).values)
+
+
+def small_instance_weights(targets: Targets, is_thing: torch.Tensor, area: int, weight: float) -> torch.Tensor:
+    """(B, S): `weight` for each mask of a thing of fewer than `area` pixels, 1 for the rest.
+
+    Args:
+        targets: ground truth.
+        is_thing: (K,) bool, of the contiguous classes.
+        area: in pixels of the crop.
+        weight: of pixels of small things.
+    """
+    small = is_thing[targets.classes] & (targets.areas < area)
+    return torch.ones_like(targets.areas, dtype=torch.float32).masked_fill(small, weight)

@@ -17,14 +17,16 @@ class Targets(NamedTuple):
     Attributes:
         segment_ids: (B, P) int64, the mask that each pixel belongs to, -1 for void.
         classes: (B, S) int64, S ≥ 1, the contiguous class of each mask; -1 pads images that have fewer.
+        areas: (B, S) int64, the pixels of each mask in the whole crop.
     """
 
     segment_ids: torch.Tensor
     classes: torch.Tensor
+    areas: torch.Tensor
 
     def repeat(self, count: int) -> Targets:
         """The same for `count` batches, one after the other."""
-        return Targets(self.segment_ids.repeat(count, 1), self.classes.repeat(count, 1))
+        return Targets(*(part.repeat(count, 1) for part in self))
 
 
 class Matching(NamedTuple):

@@ -7,7 +7,7 @@ whether a mask is pasted follows from an N × N table of overlaps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,14 +33,18 @@ class Segmentation(NamedTuple):
     Attributes:
         segment_ids: (H, W) int32, 0 is void.
         segments: one dict for each segment: "id", "category_id" (contiguous), "isthing", "area" and "score".
+        pasted_query: (H, W) int64, the query pasted at each pixel, before the area limits; -1 for none.
         query_class: (N,) best non-void class of each query.
+        query_confidence: (N,) its probability.
         query_score: (N,) confidence times mask score of each query.
         top_two: the two best queries of each pixel.
     """
 
     segment_ids: torch.Tensor
     segments: list[dict]
+    pasted_query: torch.Tensor
     query_class: torch.Tensor
+    query_confidence: torch.Tensor
     query_score: torch.Tensor
     top_two: TopTwo
 
@@ -55,26 +59,32 @@ def _interpolation(
     return before, (before + 1).clamp_max(last), place - before
 
 
+def _upsampled(mask_logits: torch.Tensor, size: tuple[int, int], extent: tuple[float, float]) -> Iterator[torch.Tensor]:
+    """The logits (N, h, w) upsampled bilinearly (aligned corners) to `size`, as strips (rows, W, N) from the top down.
+
+    The (N, H, W) logits are never whole in memory.
+    """
+    logits = mask_logits.float().permute(1, 2, 0).contiguous()
+    above, below, down = _interpolation(logits.shape[0], size[0], extent[0], logits.device)
+    left, right, across = _interpolation(logits.shape[1], size[1], extent[1], logits.device)
+    for start in range(0, size[0], ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        strip = torch.lerp(logits[above[part]], logits[below[part]], down[part, None, None])
+        yield torch.lerp(strip[:, left], strip[:, right], across[:, None])
+
+
 def top_two_queries(
     mask_logits: torch.Tensor, size: tuple[int, int], extent: tuple[float, float] = (1.0, 1.0)
 ) -> TopTwo:
     """Upsamples logits bilinearly (aligned corners) and keeps each pixel's two best queries.
-
-    Works on a few rows at a time: the (N, H, W) logits are never whole in memory.
 
     Args:
         mask_logits: (N, h, w) with N ≥ 2.
         size: (H, W) to upsample to.
         extent: the share of the map's height and width that the pixels span; less than 1 leaves padding out.
     """
-    logits = mask_logits.float().permute(1, 2, 0).contiguous()
-    above, below, down = _interpolation(logits.shape[0], size[0], extent[0], logits.device)
-    left, right, across = _interpolation(logits.shape[1], size[1], extent[1], logits.device)
     queries, probabilities = [], []
-    for start in range(0, size[0], ROWS_AT_ONCE):
-        part = slice(start, start + ROWS_AT_ONCE)
-        strip = torch.lerp(logits[above[part]], logits[below[part]], down[part, None, None])
-        strip = torch.lerp(strip[:, left], strip[:, right], across[:, None])
+    for strip in _upsampled(mask_logits, size, extent):
         best, first = strip.max(-1)
         strip = (strip - best[..., None]).exp_()
         partition = strip.sum(-1)
@@ -82,6 +92,24 @@ def top_two_queries(
         queries.append(torch.stack([first, second]))
         probabilities.append(torch.stack([1 / partition, runner_up / partition]))
     return TopTwo(torch.cat(queries, 1), torch.cat(probabilities, 1))
+
+
+def marginal_classes(
+    class_logits: torch.Tensor,
+    mask_logits: torch.Tensor,
+    size: tuple[int, int],
+    extent: tuple[float, float] = (1.0, 1.0),
+) -> torch.Tensor:
+    """(H, W) int64, the class with the largest sum over the queries of class probability times mask probability.
+
+    Arguments as for :class:`MaskWiseMerging`.
+    """
+    classes = class_logits.float().softmax(1)[:, :-1]
+    # Dividing by the sum over queries would not change which class is the largest.
+    strips = (
+        (strip - strip.amax(-1, keepdim=True)).exp_() @ classes for strip in _upsampled(mask_logits, size, extent)
+    )
+    return torch.cat([strip.argmax(-1) for strip in strips])
 
 
 class MaskWiseMerging:
@@ -169,8 +197,10 @@ class MaskWiseMerging:
             if segment["area"] >= limit:
                 kept.append(segment | {"id": len(kept) + 1})
                 keep[segment["id"]] = len(kept)
-        segment_ids = keep.to(order.device)[torch.where(second_wins, ids[1], ids[0])]
-        return Segmentation(segment_ids, kept, query_class, confidence * mask_score, top_two)
+        winner = torch.where(second_wins, ids[1], ids[0])
+        pasted_query = torch.where(second_wins, second, first).where(winner > 0, -1)
+        segment_ids = keep.to(order.device)[winner]
+        return Segmentation(segment_ids, kept, pasted_query, query_class, confidence, confidence * mask_score, top_two)
 
     def _mask_score(self, mask_logits: torch.Tensor) -> torch.Tensor:
         """(N,) mean probability where it is above the threshold, on the map as predicted; 0 if nowhere."""

@@ -1,14 +1,23 @@
-"""The auxiliary semantic head, read in training only: an ASPP and two fusions, as in Panoptic-DeepLab's decoder."""
+"""The auxiliary semantic heads, read in training only."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from detectron2.config import configurable
 from detectron2.layers import NaiveSyncBatchNorm, ShapeSpec
 from detectron2.utils import comm
+from detectron2.utils.registry import Registry
 from torch import nn
 
 from .layers import ConvBN, DepthwiseSeparable, resize, truncated_normal_
+
+SEMANTIC_HEAD_REGISTRY = Registry("SEMANTIC_HEAD")
+SEMANTIC_HEAD_REGISTRY.__doc__ = """
+Auxiliary semantic heads, named by `MODEL.KMAX.SEMANTIC_HEAD.NAME`. One is called with `(cfg, input_shape, act_layer)`:
+the shapes of the backbone's raw maps by name, and the backbone's own activation. Its forward pass takes the dict of
+these maps and gives semantic logits (B, K or K + 1, h, w), void last if there at all.
+"""
 
 
 class ASPP(nn.Module):
@@ -44,8 +53,17 @@ class ASPP(nn.Module):
         return self.dropout(self.projection(torch.cat(branches, dim=1)))
 
 
-class SemanticHead(nn.Module):
-    """Semantic logits at the stride of stage2 from the encoder's raw maps.
+def classifier(channels: int, num_logits: int) -> nn.Conv2d:
+    """The last 1×1 convolution, with bias. (B, channels, H, W) to (B, num_logits, H, W)."""
+    layer = nn.Conv2d(channels, num_logits, 1)
+    truncated_normal_(layer.weight, 0.01)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+@SEMANTIC_HEAD_REGISTRY.register()
+class ASPPSemanticHead(nn.Module):
+    """Logits at the stride of stage2 by an ASPP and two fusions, as in Panoptic-DeepLab's decoder (COCO, ADE20K).
 
     Args:
         input_shape: shape of each encoder map by name; stage2, stage3 and stage5 are read.
@@ -56,6 +74,7 @@ class SemanticHead(nn.Module):
         norm: name of the batch norm.
     """
 
+    @configurable
     def __init__(
         self,
         input_shape: dict[str, ShapeSpec],
@@ -79,9 +98,19 @@ class SemanticHead(nn.Module):
             DepthwiseSeparable(channels + width, channels, norm=norm) for width in low_level_channels
         )
         self.head = DepthwiseSeparable(channels, channels, norm=norm)
-        self.classifier = nn.Conv2d(channels, num_classes + 1, 1)
-        truncated_normal_(self.classifier.weight, 0.01)
-        nn.init.zeros_(self.classifier.bias)
+        self.classifier = classifier(channels, num_classes + 1)
+
+    @classmethod
+    def from_config(cls, cfg, input_shape: dict[str, ShapeSpec], act_layer: type[nn.Module]) -> dict:
+        options = cfg.MODEL.KMAX.SEMANTIC_HEAD
+        return {
+            "input_shape": input_shape,
+            "num_classes": cfg.MODEL.KMAX.NUM_CLASSES,
+            "norm": cfg.MODEL.KMAX.NORM,
+            "act_layer": act_layer,
+            "channels": options.CHANNELS,
+            "low_level_channels": tuple(options.LOW_LEVEL_CHANNELS),
+        }
 
     def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
         """The encoder's maps by name to logits (B, K + 1, H / 4, W / 4)."""
@@ -90,3 +119,34 @@ class SemanticHead(nn.Module):
             low = low_level(self.act(features[name]))
             x = fuse(torch.cat([resize(x, low.shape[-2:]), low], dim=1))
         return self.classifier(self.head(x))
+
+
+@SEMANTIC_HEAD_REGISTRY.register()
+class PointwiseSemanticHead(nn.Module):
+    """Logits at the stride of stage5, from that map alone (Cityscapes).
+
+    Args:
+        input_shape: shape of each encoder map by name; stage5 is read.
+        num_classes: K; the output has K channels, none for void.
+        channels: channels of the map before the logits.
+        norm: name of the batch norm.
+    """
+
+    @configurable
+    def __init__(self, input_shape: dict[str, ShapeSpec], num_classes: int, *, norm: str, channels: int = 256):
+        super().__init__()
+        self.head = DepthwiseSeparable(input_shape["stage5"].channels, channels, norm=norm)
+        self.classifier = classifier(channels, num_classes)
+
+    @classmethod
+    def from_config(cls, cfg, input_shape: dict[str, ShapeSpec], act_layer: type[nn.Module]) -> dict:
+        return {
+            "input_shape": input_shape,
+            "num_classes": cfg.MODEL.KMAX.NUM_CLASSES,
+            "norm": cfg.MODEL.KMAX.NORM,
+            "channels": cfg.MODEL.KMAX.SEMANTIC_HEAD.CHANNELS,
+        }
+
+    def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The encoder's maps by name to logits (B, K, H / 32, W / 32)."""
+        return self.classifier(self.head(features["stage5"]))

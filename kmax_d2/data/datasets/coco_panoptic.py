@@ -25,18 +25,25 @@ def read_json(json_file: str) -> dict:
     missing = [key for key in ("images", "annotations", "categories") if key not in content]
     if missing:
         raise UserError(f"{json_file} is not in COCO panoptic format: it has no {' and no '.join(missing)}")
+    for category in content["categories"]:
+        absent = [key for key in ("id", "name", "isthing") if key not in category]
+        if absent:
+            raise UserError(f"{json_file}: the category {category} has no {' and no '.join(absent)}")
     return content
 
 
-def load(json_file: str, image_root: str, panoptic_root: str) -> list[dict]:
-    """Detectron2's records of a dataset, classes contiguous in the order of the JSON's categories.
+def load(
+    json_file: str, image_root: str, panoptic_root: str, categories: Sequence[dict] | None = None
+) -> list[dict]:
+    """Detectron2's records of a dataset, classes contiguous in the order of `categories`, else of the JSON's own.
 
     Each has "file_name", "pan_seg_file_name", "height", "width", "image_id" and "segments_info". Raises UserError where
     an image or a PNG is missing or a segment's category is not defined.
     """
     content = read_json(json_file)
-    contiguous = {category["id"]: index for index, category in enumerate(content["categories"])}
-    things = {category["id"] for category in content["categories"] if category["isthing"]}
+    categories = categories or content["categories"]
+    contiguous = {category["id"]: index for index, category in enumerate(categories)}
+    things = {category["id"] for category in categories if category["isthing"]}
     images = {image["id"]: image for image in content["images"]}
     records = []
     for annotation in content["annotations"]:
@@ -118,6 +125,7 @@ def register(
     *,
     categories: Sequence[dict] | None = None,
     prepare: Callable[[], object] | None = None,
+    evaluator_type: str = "coco_panoptic_seg",
 ) -> None:
     """Registers a dataset in Detectron2's catalogs; nothing but the categories is read before it is asked for.
 
@@ -126,6 +134,7 @@ def register(
         image_root, panoptic_root, json_file: where the data lie.
         categories: the JSON's categories, where they are known without reading it.
         prepare: called before the records are loaded, to make the files if they are not there.
+        evaluator_type: names the evaluators of the dataset.
     """
     if categories is None:
         categories = read_json(json_file)["categories"]
@@ -133,7 +142,7 @@ def register(
     def records() -> list[dict]:
         if prepare is not None:
             prepare()
-        return load(json_file, image_root, panoptic_root)
+        return load(json_file, image_root, panoptic_root, categories)
 
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
@@ -143,7 +152,7 @@ def register(
         image_root=image_root,
         panoptic_root=panoptic_root,
         panoptic_json=json_file,
-        evaluator_type="coco_panoptic_seg",
+        evaluator_type=evaluator_type,
         ignore_label=IGNORE_LABEL,
         label_divisor=1000,
         **metadata_of(categories),

@@ -1,0 +1,39 @@
+"""ADE20K's panoptic data, in the layout that Mask2Former prepares below $DETECTRON2_DATASETS."""
+
+from __future__ import annotations
+
+import os
+
+from detectron2.data.datasets.builtin_meta import ADE20K_SEM_SEG_CATEGORIES
+
+from . import coco_panoptic
+
+# Contiguous classes that are stuff; the other hundred are the things of ADE20K's instance segmentation task.
+STUFF = {
+    *(0, 1, 2, 3, 4, 5, 6, 9, 11, 13, 16, 17, 21, 25, 26, 28, 29, 34, 40, 46, 48, 51, 52, 54, 59),
+    *(60, 61, 63, 68, 77, 79, 84, 91, 94, 96, 99, 100, 101, 105, 106, 109, 113, 114, 117, 122, 128, 131, 140, 141, 145),
+}
+# A class has several names in Detectron2's list, the usual one first.
+CATEGORIES = [
+    {"id": index, "name": names.split(",")[0].strip(), "isthing": int(index not in STUFF)}
+    for index, names in enumerate(ADE20K_SEM_SEG_CATEGORIES)
+]
+
+
+def register(root: str) -> None:
+    """Registers `ade20k_panoptic_train` and `ade20k_panoptic_val`; nothing is read before it is asked for.
+
+    Args:
+        root: the folder that ADEChallengeData2016 lies in.
+    """
+    folder = os.path.join(root, "ADEChallengeData2016")
+    for split, images in (("train", "training"), ("val", "validation")):
+        name = f"ade20k_panoptic_{split}"
+        coco_panoptic.register(
+            name,
+            os.path.join(folder, "images", images),
+            os.path.join(folder, name),
+            os.path.join(folder, f"{name}.json"),
+            categories=CATEGORIES,
+            evaluator_type="ade20k_panoptic_seg",
+        )

@@ -1,0 +1,162 @@
+"""The datasets below $DETECTRON2_DATASETS that Detectron2 does not know itself."""
+
+import importlib
+import json
+import os
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from PIL import Image
+
+from kmax_d2.data import datasets
+from kmax_d2.data.datasets.ade20k import CATEGORIES
+from kmax_d2.engine import load_config
+from kmax_d2.engine.setup import prepare_datasets
+from kmax_d2.errors import UserError
+from kmax_d2.modeling.kmax_deeplab import thing_classes
+
+# In Mask2Former's layout and COCO's: dataset, image folder, PNG folder, JSON file.
+LAYOUT = {
+    "ade20k_panoptic_train": (
+        "ADEChallengeData2016/images/training",
+        "ADEChallengeData2016/ade20k_panoptic_train",
+        "ADEChallengeData2016/ade20k_panoptic_train.json",
+    ),
+    "ade20k_panoptic_val": (
+        "ADEChallengeData2016/images/validation",
+        "ADEChallengeData2016/ade20k_panoptic_val",
+        "ADEChallengeData2016/ade20k_panoptic_val.json",
+    ),
+    "coco_2017_unlabeled_panoptic": (
+        "coco/unlabeled2017",
+        "coco/panoptic_unlabeled2017",
+        "coco/annotations/panoptic_unlabeled2017.json",
+    ),
+}
+
+
+# --- ADE20K's classes ---
+
+
+def test_ade20k_has_100_things_and_50_stuff_classes():
+    assert [category["id"] for category in CATEGORIES] == list(range(150))
+    assert sum(category["isthing"] for category in CATEGORIES) == 100
+    assert len({category["name"] for category in CATEGORIES}) == 150
+
+
+@pytest.mark.parametrize(
+    ("index", "name", "isthing"),
+    [
+        (0, "wall", 0),
+        (7, "bed", 1),
+        (12, "person", 1),
+        (32, "fence", 1),
+        (34, "rock", 0),
+        (42, "column", 1),
+        (53, "stairs", 1),
+        (58, "screen door", 1),
+        (59, "stairway", 0),
+        (63, "blind", 0),
+        (77, "bar", 0),
+        (93, "pole", 1),
+        (94, "land", 0),
+        (99, "buffet", 0),
+        (121, "step", 1),
+        (130, "screen", 1),
+        (141, "crt screen", 0),
+        (143, "monitor", 1),
+        (145, "shower", 0),
+        (149, "flag", 1),
+    ],
+)
+def test_ade20k_class(index, name, isthing):
+    assert CATEGORIES[index] == {"id": index, "name": name, "isthing": isthing}
+
+
+# --- the catalogs ---
+
+
+def test_metadata_are_known_without_files():
+    for name, folders in LAYOUT.items():
+        metadata = MetadataCatalog.get(name)
+        roots = (metadata.image_root, metadata.panoptic_root, metadata.panoptic_json)
+        for path, end in zip(roots, folders, strict=True):
+            assert path.endswith(f"/{end}")
+    ade20k, unlabeled = (MetadataCatalog.get(name) for name in ("ade20k_panoptic_val", "coco_2017_unlabeled_panoptic"))
+    assert ade20k.evaluator_type == "ade20k_panoptic_seg"
+    assert ade20k.stuff_classes[7] == "bed"
+    assert len(ade20k.thing_dataset_id_to_contiguous_id) == 100
+    assert len(ade20k.stuff_dataset_id_to_contiguous_id) == 50
+    assert unlabeled.evaluator_type == "coco_panoptic_seg"
+    labeled = MetadataCatalog.get("coco_2017_train_panoptic")
+    for key in ("stuff_classes", "thing_dataset_id_to_contiguous_id", "stuff_dataset_id_to_contiguous_id"):
+        assert getattr(unlabeled, key) == getattr(labeled, key)
+
+
+@pytest.fixture
+def environment(tmp_path, monkeypatch):
+    """Datasets registered as by an import with $DETECTRON2_DATASETS set to a temporary folder."""
+
+    def register():
+        for name in LAYOUT:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+        importlib.reload(datasets)
+
+    with monkeypatch.context() as changed:
+        changed.setenv("DETECTRON2_DATASETS", str(tmp_path))
+        register()
+        yield
+    register()
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("name", LAYOUT)
+def test_dataset_that_is_not_there(name, tmp_path):
+    with pytest.raises(UserError, match=f"cannot read the panoptic annotations {tmp_path / LAYOUT[name][2]}"):
+        DatasetCatalog.get(name)
+
+
+@pytest.mark.usefixtures("environment")
+def test_records_below_the_folder_of_the_environment(tmp_path):
+    for name, (images, pngs, json_file) in LAYOUT.items():
+        categories = CATEGORIES if name.startswith("ade20k") else COCO_CATEGORIES
+        for folder in (images, pngs, os.path.dirname(json_file)):
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for folder, file in ((images, "a.jpg"), (pngs, "a.png")):
+            Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(tmp_path / folder / file)
+        thing, stuff = (next(c["id"] for c in categories if bool(c["isthing"]) == wanted) for wanted in (True, False))
+        segments = [{"id": 1, "category_id": thing, "iscrowd": 0}, {"id": 2, "category_id": stuff, "iscrowd": 0}]
+        content = {
+            "images": [{"id": 3, "file_name": "a.jpg", "height": 4, "width": 6}],
+            "annotations": [{"image_id": 3, "file_name": "a.png", "segments_info": segments}],
+            "categories": categories,
+        }
+        (tmp_path / json_file).write_text(json.dumps(content))
+        (record,) = DatasetCatalog.get(name)
+        assert record["file_name"] == str(tmp_path / images / "a.jpg")
+        assert record["pan_seg_file_name"] == str(tmp_path / pngs / "a.png")
+        classes = [(segment["category_id"], segment["isthing"]) for segment in record["segments_info"]]
+        # The first thing and the first stuff class, contiguous.
+        assert classes == ([(7, True), (0, False)] if name.startswith("ade20k") else [(0, True), (80, False)])
+
+
+# --- the configs ---
+
+
+@pytest.mark.parametrize(
+    ("config", "things", "some"),
+    [
+        ("ade20k/r50_641", 100, {7: True, 12: True, 53: True, 0: False, 59: False, 141: False}),
+        ("coco/convnext_l_unlabeled", 80, {0: True, 79: True, 80: False, 132: False}),
+        ("cityscapes/r50", 8, {10: False, 11: True, 18: True}),
+    ],
+)
+def test_things_of_a_config(config, things, some):
+    cfg = load_config(config)
+    prepare_datasets(cfg)  # its datasets are there, and agree in their classes and with the number of these
+    known = thing_classes(cfg)
+    assert len(known) == things
+    assert {index: index in known for index in some} == some
