@@ -32,10 +32,12 @@ setup(
     package_data={package: ["*.yaml"] for package in CONFIG_PACKAGES} | {"kmax_d2": ["assets/*"]},
     # detectron2 is not on PyPI, so pip cannot be asked for it: the README says how to get it.
     install_requires=[
-        "torch>=2.0",
+        "torch>=2.1",
         "torchvision",
         "fvcore",
         "timm>=0.9",
+        "huggingface_hub",
+        "safetensors",
         "scipy",
         "pycocotools",
         "panopticapi-lite",
@@ -46,6 +48,6 @@ setup(
     ],
     extras_require={
         "cityscapes": ["cityscapesscripts"],
-        "dev": ["pytest>=7", "ruff"],
+        "dev": ["cityscapesscripts", "pytest>=7", "ruff"],
     },
 )

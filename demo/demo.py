@@ -1,5 +1,8 @@
 #!/usr/bin/env python
-"""Segments images with any config and weights, and draws the results; without a config, with the quickstart's model."""
+"""Segments images and draws the results, with any config and weights.
+
+Without a config with coco/r50 and its published weights; where these cannot be had, with the quickstart's model.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +25,15 @@ from torch import nn
 from tqdm import tqdm
 
 import kmax_d2
-from kmax_d2.checkpoint.checkpointer import load_weights
+from kmax_d2 import model_zoo
+from kmax_d2.checkpoint import load_weights
+from kmax_d2.checkpoint.download import download, is_address
 from kmax_d2.data.mapper import PanopticTestMapper, read_image
 from kmax_d2.engine.setup import choose_device, load_config, prepare_datasets
 from kmax_d2.errors import UserError, exit_on_user_error
 from kmax_d2.visualization import draw_panoptic, result_page
 
+DEFAULT_CONFIG = "coco/r50"
 QUICKSTART_CONFIG = "shapes/quickstart"
 QUICKSTART_WEIGHTS = (
     Path(kmax_d2.__file__).parent / "assets" / "quickstart.pth",
@@ -41,7 +47,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--input", nargs="+", required=True, metavar="IMAGE", help='images, folders of images, or patterns like "*.jpg"'
     )
     parser.add_argument("--output", default="output/demo", metavar="DIR", help="folder of the results (%(default)s)")
-    parser.add_argument("--config-file", metavar="FILE", help="config file or name, such as coco/r50 (the quickstart)")
+    parser.add_argument("--config-file", metavar="FILE", help="config file or name (coco/r50)")
     parser.add_argument("--weights", metavar="FILE", help="checkpoint, the same as the option MODEL.WEIGHTS")
     parser.add_argument(
         "--assignments", action="store_true", help="also draw which cluster each decoder assigns each pixel to"
@@ -56,19 +62,31 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
-    """The frozen config of the command line."""
-    cfg = load_config(args.config_file or QUICKSTART_CONFIG, args.opts)
+def names_weights(args: argparse.Namespace) -> bool:
+    return bool(args.weights) or "MODEL.WEIGHTS" in args.opts
+
+
+def quickstart_weights() -> str:
+    found = [str(file) for file in QUICKSTART_WEIGHTS if file.is_file()]
+    if not found:
+        raise UserError(
+            "the quickstart's weights are not there: run `make quickstart` first, "
+            "or give --config-file FILE and --opts MODEL.WEIGHTS FILE"
+        )
+    return found[0]
+
+
+def setup(args: argparse.Namespace, default: str = DEFAULT_CONFIG) -> CfgNode:
+    """The frozen config of the command line, or `default`; with the weights named, or else those published for it."""
+    name = args.config_file or default
+    cfg = load_config(name, args.opts)
     if args.weights:
         cfg.MODEL.WEIGHTS = args.weights
-    if not cfg.MODEL.WEIGHTS and not args.config_file:
-        found = [str(file) for file in QUICKSTART_WEIGHTS if file.is_file()]
-        if not found:
-            raise UserError(
-                "the quickstart's weights are not there: run `make quickstart` first, "
-                "or give --config-file FILE and --opts MODEL.WEIGHTS FILE"
-            )
-        cfg.MODEL.WEIGHTS = found[0]
+    elif not names_weights(args):
+        if name == QUICKSTART_CONFIG:
+            cfg.MODEL.WEIGHTS = quickstart_weights()
+        elif model_zoo.has_weights(name):
+            cfg.MODEL.WEIGHTS = model_zoo.get_checkpoint_url(name)
     prepare_datasets(cfg)
     if not (cfg.DATASETS.TEST or cfg.DATASETS.TRAIN):
         raise UserError("no class names: name a dataset in DATASETS.TEST")
@@ -77,6 +95,28 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg.MODEL.KMAX.TEST.PANOPTIC_ON = True
     cfg.freeze()
     return cfg
+
+
+def build_trained(cfg: CfgNode) -> nn.Module:
+    """The config's model in inference mode with its weights."""
+    if is_address(cfg.MODEL.WEIGHTS):
+        download(cfg.MODEL.WEIGHTS)  # fails before the model is built
+    model = build_model(cfg).eval()
+    load_weights(model, cfg.MODEL.WEIGHTS)
+    return model
+
+
+def load(args: argparse.Namespace) -> tuple[CfgNode, nn.Module]:
+    """The config and the model to segment with: where nothing else is asked for, what can be had."""
+    cfg = setup(args)
+    try:
+        return cfg, build_trained(cfg)
+    except UserError as error:
+        if args.config_file or names_weights(args):
+            raise
+        print(f"going on with the quickstart's model in place of {DEFAULT_CONFIG}: {error}", file=sys.stderr)
+    cfg = setup(args, QUICKSTART_CONFIG)
+    return cfg, build_trained(cfg)
 
 
 def find_images(inputs: Iterable[str]) -> tuple[list[Path], list[str]]:
@@ -148,15 +188,13 @@ def segment_file(model: nn.Module, mapper: PanopticTestMapper, file: Path, metad
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    cfg = setup(args)
     files, problems = find_images(args.input)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     written = 0
     if files:
+        cfg, model = load(args)
         metadata = MetadataCatalog.get([*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN][0])
-        model = build_model(cfg).eval()
-        load_weights(model, cfg.MODEL.WEIGHTS)
         mapper = PanopticTestMapper(cfg)
         folder = Path(args.output)
         try:

@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import published
 import pytest
 import torch
 from detectron2.modeling import build_model
 from PIL import Image
 from small import options
 
+from kmax_d2 import model_zoo
 from kmax_d2.data.datasets import shapes
 from kmax_d2.data.mapper import read_image
 from kmax_d2.engine.setup import choose_device, load_config, prepare_datasets
@@ -66,7 +68,8 @@ def test_good_and_bad_images(tmp_path, weights):
     (folder / "text.txt").write_text("no image")
     missing = tmp_path / "missing.jpg"
     command = [sys.executable, str(DEMO), "--input", str(folder), str(missing), str(folder / "turned.*")]
-    command += ["--output", str(tmp_path / "out"), "--weights", weights, "--assignments", "--opts", *map(str, SURE)]
+    command += ["--output", str(tmp_path / "out"), "--config-file", "shapes/quickstart", "--weights", weights]
+    command += ["--assignments", "--opts", *map(str, SURE)]
     environment = os.environ | {"KMAX_D2_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=100)
 
@@ -109,12 +112,51 @@ def test_options(demo, tmp_path, opts, message):
 
 def test_without_the_quickstarts_weights(demo, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "QUICKSTART_WEIGHTS", (tmp_path / "first.pth", tmp_path / "second.pth"))
+    args = demo.parse_args(["--input", "image.png", "--config-file", "shapes/quickstart"])
     with pytest.raises(UserError, match=r"make quickstart.*--config-file"):
-        demo.main(["--input", "image.png"])
+        demo.setup(args)
     for name in ("second.pth", "first.pth"):
         (tmp_path / name).touch()
-        weights = demo.setup(demo.parse_args(["--input", "image.png"])).MODEL.WEIGHTS
-        assert weights == str(tmp_path / name)
+        chosen = demo.setup(args).MODEL.WEIGHTS
+        assert chosen == str(tmp_path / name)
+
+
+@pytest.fixture
+def zoo(tmp_path, monkeypatch):
+    """A server in place of the model zoo's, which has nothing, and an empty cache."""
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    with published.server(tmp_path) as web:
+        monkeypatch.setattr(model_zoo, "ADDRESS", web.address)
+        yield web
+
+
+@pytest.mark.parametrize("fault", ["absent", "page"])
+def test_the_quickstarts_model_where_the_published_cannot_be_had(demo, zoo, tmp_path, capsys, fault):
+    if fault == "page":
+        (tmp_path / "kmax_resnet50_coco_train.tar.gz").touch()
+        zoo.fault = fault
+    picture().save(tmp_path / "image.png")
+    demo.main(["--input", str(tmp_path / "image.png"), "--output", str(tmp_path / "out")])
+    shown = capsys.readouterr()
+    said = [line for line in shown.err.splitlines() if "model in place of" in line]
+    assert len(said) == 1 and "kmax_resnet50_coco_train.tar.gz" in said[0] and "error:" not in shown.err
+    assert shown.out.splitlines()[-1] == f"1 of 1 images written to {tmp_path / 'out'}"
+    # Whoever asks for the model gets it or an error.
+    with pytest.raises(UserError, match=r"kmax_resnet50_coco_train\.tar\.gz"):
+        demo.main(["--input", str(tmp_path / "image.png"), "--config-file", "coco/r50"])
+
+
+def test_which_weights_are_taken(demo, tmp_path):
+    def weights(*arguments):
+        return demo.setup(demo.parse_args(["--input", "x.jpg", *arguments])).MODEL.WEIGHTS
+
+    published = model_zoo.get_checkpoint_url("coco/r50")
+    assert weights() == weights("--config-file", "configs/coco/r50.yaml") == published
+    assert weights("--opts", "MODEL.WEIGHTS", "a.pth") == weights("--weights", "a.pth") == "a.pth"
+    (tmp_path / "own.yaml").write_text(
+        "DATASETS:\n  TEST: ('shapes_val',)\nMODEL:\n  WEIGHTS: own.pth\n  KMAX:\n    NUM_CLASSES: 0\n"
+    )
+    assert weights("--config-file", str(tmp_path / "own.yaml")) == "own.pth"
 
 
 def test_coco_needs_no_files_of_the_dataset(demo):

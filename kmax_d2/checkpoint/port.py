@@ -1,0 +1,132 @@
+"""Names and layouts of the public PyTorch re-implementation's state dicts, mapped to ours by rule."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..modeling.backbones import KMaXResNet
+from ..modeling.bottleneck import Bottleneck
+
+# Applied in order; each names one part of the model.
+_RULES = [
+    (r"\._", "."),
+    (r"(_bn|_bn_act|bnact)\.", "."),
+    (r"^sem_seg_head\.predictor\.auxiliary_semantic_predictor\.", "semantic_head."),
+    (r"^sem_seg_head\.predictor\.", "transformer_decoder."),
+    (r"^sem_seg_head\.pixel_decoder\.", "pixel_decoder."),
+    # A norm is a part of its convolution there.
+    (r"^(backbone\.(stem|res).*)\.weight$", r"\1.conv.weight"),
+    (r"\.norm\.conv\.weight$", ".norm.weight"),
+    (r"^backbone\.stem\.conv1", "backbone.stem"),
+    (r"^backbone\.res", "backbone.stage"),
+    (r"^backbone\.downsample_layers\.0", "backbone.stem"),
+    (r"^backbone\.downsample_layers\.(\d)", r"backbone.stages.\1.downsample"),
+    (r"^backbone\.stages\.(\d)\.(\d)", r"backbone.stages.\1.blocks.\2"),
+    (r"\.dwconv", ".conv_dw"),
+    (r"\.pwconv", ".mlp.fc"),
+    (r"\.in_norms", ".input_norms"),
+    (r"^(pixel_decoder\.stages\.\d)\.blocks", r"\1"),
+    (r"\.resized_fuses\.(\d)\.conv_bn_low", r".fusions.\1.coarse.1"),
+    (r"\.resized_fuses\.(\d)\.conv_bn_high", r".fusions.\1.fine.1"),
+    (r"\.attention\.(height|width)_axis", r".\1_attention"),
+    (r"\.qkv_transform\.conv", ".qkv"),
+    (r"_rpe\.embeddings\.weight", "_positions"),
+    (r"\.kmax_transformer_layers", ".layers"),
+    (r"\.cluster_centers\.weight", ".centers"),
+    (r"_embedding_projection", "_projection"),
+    (r"\.query_conv1", ".center_projection"),
+    (r"\.pixel_conv1", ".pixel_projection"),
+    (r"\.pixel_v_conv", ".cross_attention.value"),
+    (r"\.kmeans_query_conv3", ".cross_attention.projection"),
+    (r"\.kmeans_query_batch_norm_retrieved_value", ".cross_attention.norm"),
+    (r"\.query_self_attention", ".attention"),
+    (r"\.query_qkv_conv", ".attention.qkv"),
+    (r"\.query_conv3", ".attention.projection"),
+    (r"\.query_ffn_conv1", ".ffn.expand"),
+    (r"\.query_ffn_conv2", ".ffn.project"),
+    (r"\.batch_norm_qkv", ".norm_qkv"),
+    (r"\.batch_norm_similarity", ".norm_logits"),
+    (r"\.batch_norm_retrieved_(value|output)", ".norm_values"),
+    (r"\.predcitor", ".predictor"),  # so in the files
+    (r"\.pixel_space_head_last_convbn\.conv", ".pixel_projection"),
+    (r"\.pixel_space_head_last_convbn\.norm", ".pixel_norm"),
+    (r"\.pixel_space_head_conv", ".pixel_head."),
+    (r"\.pixel_space_mask_batch_norm", ".mask_norm"),
+    (r"\.transformer_mask_head", ".mask_embedding"),
+    (r"\.transformer_class_head\.conv", ".class_head"),
+    (r"\.aspp_conv0", ".pointwise"),
+    (r"\.aspp_pool", ".pool"),
+    (r"\.proj_conv", ".projection"),
+    (r"\.low_level_projection", ".low_level"),
+    (r"\.low_level_fusion(_os\d)_conv", r".fuse\1."),
+    (r"_os8", ".0"),
+    (r"_os4", ".1"),
+    (r"^semantic_head\.(conv_block_)?([01])\.", r"semantic_head.head.\2."),
+    (r"^semantic_head\.(final_conv|2)\.conv", "semantic_head.classifier"),
+    (r"\.(pixel_head|fuse\.\d|head)\.0", r".\1.depthwise"),
+    (r"\.(pixel_head|fuse\.\d|head)\.1", r".\1.pointwise"),
+]
+
+
+def is_port(names: Iterable[str]) -> bool:
+    """Whether the names of a state dict's entries are those of the public PyTorch re-implementation."""
+    return any(name.startswith("sem_seg_head.predictor._kmax_transformer_layers.") for name in names)
+
+
+def state_dict_name(port_name: str) -> str:
+    """Our name of an entry, e.g. "backbone.res2.0.conv1.weight" gives "backbone.stage2.0.conv1.conv.weight"."""
+    # Counted from 1 there and from 0 here.
+    name = re.sub(r"\._aspp_conv([123])", lambda match: f".atrous.{int(match[1]) - 1}", port_name)
+    for pattern, replacement in _RULES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def port_to_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Turns the re-implementation's state dict into one of :class:`~kmax_d2.modeling.KMaXDeepLab`.
+
+    Classes are in contiguous order with void last on both sides. Batch norms' counts of batches are left out: with
+    a momentum that is a number nothing reads them. The tensors are views, not copies.
+    """
+    result = {}
+    for port_name, tensor in state_dict.items():
+        if port_name.endswith(".num_batches_tracked"):
+            continue
+        name = state_dict_name(port_name)
+        if name.endswith("_attention.qkv.weight"):  # one line of a map there, the map itself here
+            tensor = tensor[..., None]
+        elif tensor.ndim == 3:  # a convolution over the vectors there, a linear map here
+            name = name.replace(".conv.", ".linear.")
+            tensor = tensor[..., 0]
+        elif name.endswith(".centers"):
+            tensor = tensor.T
+        result[name] = tensor
+    return result
+
+
+def check_port_options(model: nn.Module) -> None:
+    """Raises UserError, with the options to set, where a model's options do not fit the re-implementation's weights.
+
+    Its network is another function than the official one in these points, which the weights' shapes do not all show.
+
+    Args:
+        model: a :class:`~kmax_d2.modeling.KMaXDeepLab`.
+    """
+    wrong = []
+    blocks = [module for module in model.pixel_decoder.modules() if isinstance(module, Bottleneck)]
+    if any(block.conv2.conv.dilation != (1, 1) for block in blocks):
+        wrong.append("MODEL.KMAX.PIXEL_DECODER.DILATION 1")
+    if isinstance(model.backbone, KMaXResNet):
+        if not model.backbone.standard:
+            wrong.append("MODEL.KMAX.RESNET.STANDARD True")
+        in_features = model.pixel_decoder.in_features
+        fitting = [name for name in in_features if name not in ("stage1", "stage2")] + ["stage1", "stage2"]
+        if "stage1" in in_features and in_features != fitting:
+            wrong.append(f'MODEL.KMAX.PIXEL_DECODER.IN_FEATURES "{fitting}"')
+    if wrong:
+        raise UserError(f"the public PyTorch port's weights need other options of this config: set {', '.join(wrong)}")

@@ -1,0 +1,208 @@
+"""ImageNet backbones: the converted one must be the original's function of the image."""
+
+import re
+
+import huggingface_hub
+import pytest
+import torch
+from detectron2.modeling.backbone import resnet
+from safetensors.torch import save_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.convnext import ConvNeXt
+from torch import nn
+from torchvision.models import ResNet
+from torchvision.models.resnet import Bottleneck
+
+from kmax_d2.checkpoint.download import cached_file
+from kmax_d2.checkpoint.imagenet import imagenet_to_state_dict, is_imagenet, load_timm
+from kmax_d2.errors import UserError
+from kmax_d2.modeling.backbones import KMaXConvNeXt, KMaXResNet
+
+BLOCKS = (2, 1, 1, 1)
+# With this scaling, which is ours, the zeros that pad the first convolution's input are one color on both sides.
+OURS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+INNER = (..., slice(5, -5), slice(5, -5))  # of stage 2: where the padding of the image does not reach
+TIMM_NAME = "convnext_tiny.fb_in22k_ft_in1k_384"
+
+
+def image(side=65):
+    """Smooth enough to give the first layers something to tell apart; RGB, 0 to 255."""
+    rough = torch.rand(2, 3, 17, 17) * torch.tensor([255.0, 200.0, 150.0]).view(3, 1, 1)
+    return nn.functional.interpolate(rough, (side, side), mode="bilinear")
+
+
+def scaled(x, mean, std):
+    return (x / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+@torch.no_grad()
+def with_statistics(model):
+    """Sets gains, biases and running statistics of all batch norms to what training might leave."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.uniform_(-0.5, 0.5)
+    model.train()(scaled(image(), **OURS))
+    norms[0].running_var.mul_(0.01)  # small variances are where epsilons differ
+    return model.eval()
+
+
+def torchvision_resnet():
+    return with_statistics(ResNet(Bottleneck, list(BLOCKS)))
+
+
+def torchvision_maps(net, x):
+    maps = [net.maxpool(net.relu(net.bn1(net.conv1(x))))]
+    for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+        maps.append(stage(maps[-1]))
+    return maps
+
+
+def detectron2_resnet(norm):
+    stages = resnet.ResNet.make_default_stages(50, norm=norm, stride_in_1x1=False)
+    return resnet.ResNet(resnet.BasicStem(norm=norm), stages, out_features=["stem", "res2", "res3", "res4", "res5"])
+
+
+def loaded(model, weights):
+    """Our backbone with converted weights, which must be all of its weights and nothing else."""
+    own = {f"backbone.{name}" for name in model.state_dict() if not name.endswith("num_batches_tracked")}
+    assert weights.keys() == own
+    model.load_state_dict({name.removeprefix("backbone."): value for name, value in weights.items()}, strict=False)
+    return model.eval()
+
+
+def assert_same(ours, theirs):
+    assert (ours - theirs).abs().max() < 2e-5 * theirs.abs().max()
+
+
+@torch.no_grad()
+def test_torchvision_resnet_is_the_same_function():
+    net = torchvision_resnet()
+    assert is_imagenet(net.state_dict())
+    weights = imagenet_to_state_dict(net.state_dict(), **OURS)
+    backbone = loaded(KMaXResNet(blocks=BLOCKS, standard=True, norm="BN"), weights)
+    x = scaled(image(), **OURS)
+    for ours, theirs in zip(backbone(x).values(), torchvision_maps(net, x), strict=True):
+        assert_same(ours, theirs)
+
+
+@torch.no_grad()
+def test_imagenet_scaling_is_folded_into_the_stem_of_a_resnet():
+    net = torchvision_resnet()
+    backbone = loaded(KMaXResNet(blocks=BLOCKS, standard=True, norm="BN"), imagenet_to_state_dict(net.state_dict()))
+    x = image(129)
+    theirs = torchvision_maps(net, scaled(x, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))[1]
+    assert_same(backbone(scaled(x, **OURS))["stage2"][INNER], theirs[INNER])
+
+
+@torch.no_grad()
+def test_detectron2_resnet_is_the_same_function():
+    net = with_statistics(detectron2_resnet("BN"))
+    weights = net.state_dict() | {"stem.fc.weight": torch.zeros(1000, 2048), "stem.fc.bias": torch.zeros(1000)}
+    assert is_imagenet(weights)
+    backbone = loaded(KMaXResNet(standard=True, norm="BN"), imagenet_to_state_dict(weights, **OURS))
+    x = scaled(image(), **OURS)
+    for ours, theirs in zip(backbone(x).values(), net(x).values(), strict=True):
+        assert_same(ours, theirs)
+
+
+def caffe2_name(name):
+    """ "res2.0.conv1.norm.bias" to "res2_0_branch2a_bn_b", as in MSRA's file."""
+    name = re.sub(r"^stem\.conv1\.norm", "res_conv1_bn", name).replace("stem.", "").replace("norm", "bn")
+    name = re.sub(r"(res\d\.\d\.)conv([123])", lambda m: f"{m[1]}branch2{'abc'[int(m[2]) - 1]}", name)
+    name = name.replace("shortcut", "branch1").replace("bn.weight", "bn.s")
+    return re.sub(r"\.(w|b)(eight|ias)$", r".\1", name).replace(".", "_")
+
+
+@torch.no_grad()
+def test_caffe2_resnet_takes_bgr_and_has_affine_layers_for_norms():
+    net = detectron2_resnet("FrozenBN").eval()
+    for name, tensor in net.state_dict().items():
+        if name.endswith("norm.weight"):
+            tensor.uniform_(0.5, 1.5)
+        elif name.endswith("norm.bias"):
+            tensor.uniform_(-0.5, 0.5)
+    weights = {caffe2_name(name): value for name, value in net.state_dict().items() if "running" not in name}
+    weights |= {"conv1_b": torch.zeros(64), "fc1000_w": torch.zeros(1000, 2048), "fc1000_b": torch.zeros(1000)}
+    assert {"conv1_w", "res_conv1_bn_s", "res2_0_branch1_bn_b", "res5_2_branch2c_w"} < weights.keys()
+    assert is_imagenet(weights)
+    backbone = loaded(KMaXResNet(standard=True, norm="BN"), imagenet_to_state_dict(weights))
+    x = image(129)
+    theirs = net(x.flip(1) - torch.tensor([103.53, 116.28, 123.675]).view(3, 1, 1))["res2"]
+    assert_same(backbone(scaled(x, **OURS))["stage2"][INNER], theirs[INNER])
+
+
+@torch.no_grad()
+def test_imagenet_scaling_is_folded_into_the_stem_of_a_convnext():
+    shape = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
+    net = ConvNeXt(**shape).eval()
+    for parameter in net.parameters():
+        parameter.normal_()
+    assert is_imagenet(net.state_dict())
+    backbone = KMaXConvNeXt(depths=shape["depths"], widths=shape["dims"], drop_path=0.0)
+    backbone = loaded(backbone, imagenet_to_state_dict(net.state_dict()))
+    x = image()
+    # Ours pads by one pixel in front, so that its second patch begins at pixel 3.
+    theirs = net.stem(scaled(x[..., 3:, 3:], IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    assert theirs.shape == (2, 8, 15, 15)
+    assert_same(backbone(scaled(x, **OURS))["stage1"][..., 1:16, 1:16], theirs)
+
+
+def test_other_weights_are_not_imagenets():
+    own = KMaXResNet(blocks=BLOCKS, standard=True, norm="BN").state_dict()
+    assert not is_imagenet(own)
+    assert not is_imagenet({f"backbone.{name}" for name in own})
+    assert not is_imagenet({"backbone.stem.0.weight", "backbone.stages.0.blocks.0.conv_dw.weight"})
+
+
+@pytest.fixture
+def no_network(tmp_path, monkeypatch):
+    """Empty caches, and a hub where nobody answers; gives the file of TIMM_NAME that is to be put by hand."""
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "pathmanager"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    template = "http://127.0.0.1:1/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    return cached_file(f"http://127.0.0.1:1/timm/{TIMM_NAME}/resolve/main/model.safetensors")
+
+
+def test_timm_weights_that_cannot_be_had(no_network):
+    with pytest.raises(UserError, match=r"no pretrained weights convnext_tinny - did you mean convnext_tiny"):
+        load_timm("convnext_tinny")
+    with pytest.raises(UserError) as error:
+        load_timm(TIMM_NAME)
+    for part in (
+        f"timm://{TIMM_NAME}",
+        "http://127.0.0.1:1/timm/",
+        f"put the file at {no_network}",
+        'MODEL.WEIGHTS ""',
+    ):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_timm_weights_put_by_hand(no_network, tmp_path):
+    net = ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
+    by_hand = tmp_path / no_network
+    by_hand.parent.mkdir(parents=True)
+    save_file(net.state_dict(), by_hand)
+    expected = imagenet_to_state_dict(net.state_dict())
+    weights = load_timm(TIMM_NAME)
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+    by_hand.write_bytes(by_hand.read_bytes()[:1000])
+    with pytest.raises(UserError, match=f"{no_network} is damaged"):
+        load_timm(TIMM_NAME)
+    save_file({"patch_embed.proj.weight": torch.zeros(1)}, by_hand)
+    with pytest.raises(UserError, match="neither a ResNet nor a ConvNeXt"):
+        load_timm(TIMM_NAME)
+
+
+def test_timm_weights_in_the_hubs_own_cache(no_network, tmp_path):
+    repository = tmp_path / "hub" / f"models--timm--{TIMM_NAME}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("1234")
+    (repository / "snapshots" / "1234").mkdir(parents=True)
+    save_file(ConvNeXt(dims=(8, 8, 8, 8)).state_dict(), repository / "snapshots" / "1234" / "model.safetensors")
+    assert load_timm(TIMM_NAME)["backbone.stem.0.weight"].shape == (8, 3, 4, 4)
