@@ -21,14 +21,14 @@ def quickstart(output, cache, opts=(), timeout=300):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=timeout)
 
 
-def test_it_draws_trains_evaluates_and_leaves_results_and_pictures(tmp_path, monkeypatch):
+def test_it_draws_trains_evaluates_and_leaves_results_and_pictures(tmp_path, monkeypatch, shapes_cache):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     output = tmp_path / "out"
     output.mkdir()
     (output / "results.json").write_text("of an earlier run")
     parts = {name: value for name, value in SMALL_MODEL.items() if name.startswith("MODEL.KMAX")}
     opts = [part for pair in parts.items() for part in pair]
-    run = quickstart(output, tmp_path / "cache", [*opts, "INPUT.CROP_SIZE", [65, 65], "SOLVER.MAX_ITER", 3])
+    run = quickstart(output, shapes_cache, [*opts, "INPUT.CROP_SIZE", [65, 65], "SOLVER.MAX_ITER", 3])
     assert run.returncode == 0, run.stderr
     results = json.loads((output / "results.json").read_text())
     assert list(results) == KEYS
@@ -43,14 +43,14 @@ def test_it_draws_trains_evaluates_and_leaves_results_and_pictures(tmp_path, mon
     assert "3/3" in run.stderr
     assert "Traceback" not in run.stderr
     # What was drawn is drawn no more.
-    again = quickstart(output, tmp_path / "cache", ["SOLVER.MAXITER", 3])
+    again = quickstart(output, shapes_cache, ["SOLVER.MAXITER", 3])
     assert again.returncode == 1
     assert again.stderr.strip().splitlines()[-1] == "error: no option SOLVER.MAXITER - did you mean SOLVER.MAX_ITER?"
 
 
 @pytest.mark.slow
-def test_it_learns_to_segment(tmp_path):
-    run = quickstart(tmp_path / "out", tmp_path / "cache", timeout=1200)
+def test_it_learns_to_segment(tmp_path, shapes_cache):
+    run = quickstart(tmp_path / "out", shapes_cache, timeout=1200)
     assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["PQ"] > 50

@@ -83,6 +83,15 @@ def draw_pictures(cfg: CfgNode, model: nn.Module, folder: Path) -> None:
         Image.fromarray(page).save(folder / f"{Path(record['file_name']).stem}.png")
 
 
+def quiet_log(output: Path) -> None:
+    """The whole log goes to a file in `output`, and of Detectron2's only warnings to the terminal."""
+    setup_logger(name="kmax_d2")
+    setup_logger(str(output), name="fvcore")
+    for handler in setup_logger(str(output)).handlers:
+        if not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.WARNING)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", default="output/quickstart", metavar="DIR", help="default: %(default)s")
@@ -95,12 +104,7 @@ def main() -> None:
     results_file = output / "results.json"
     # Whoever finds this file finds the results of a run that came to its end.
     results_file.unlink(missing_ok=True)
-    setup_logger(name="kmax_d2")
-    setup_logger(str(output), name="fvcore")
-    for handler in setup_logger(str(output)).handlers:
-        if not isinstance(handler, logging.FileHandler):
-            handler.setLevel(logging.WARNING)
-
+    quiet_log(output)
     cfg = load_config(CONFIG, ["OUTPUT_DIR", str(output), *args.opts])
     choose_device(cfg)
     prepare_datasets(cfg)

@@ -1,0 +1,74 @@
+"""The comparison of cross-attentions as a user runs it, shortened."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog
+from PIL import Image
+from small import SMALL_MODEL
+
+from kmax_d2.engine import load_config
+from kmax_d2.tools.compare_attention import draw, make_config
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_it_trains_both_draws_and_does_nothing_twice(tmp_path, shapes_cache):
+    parts = {name: value for name, value in SMALL_MODEL.items() if name.startswith("MODEL.KMAX")}
+    opts = [part for pair in parts.items() for part in pair]
+    opts += ["INPUT.CROP_SIZE", [65, 65], "SOLVER.MAX_ITER", 5, "TEST.EVAL_PERIOD", 2]
+    command = [
+        sys.executable,
+        "-m",
+        "kmax_d2.tools.compare_attention",
+        "--output",
+        str(tmp_path),
+        "--seeds",
+        "1",
+        *opts,
+    ]
+    environment = os.environ | {"KMAX_D2_CACHE": str(shapes_cache), "OMP_NUM_THREADS": "1"}
+
+    def run():
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=environment)
+
+    first = run()
+    assert first.returncode == 0, first.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {label: [list(curve) for curve in runs] for label, runs in results.items()} == {
+        "k-means": [["2", "4", "5"]],
+        "spatial softmax": [["2", "4", "5"]],
+    }
+    assert "5/5" in first.stderr
+    (tmp_path / "results.json").unlink()
+    second = run()
+    assert second.returncode == 0, second.stderr
+    assert "5/5" not in second.stderr
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+def test_the_variants_differ_in_the_attention_alone(tmp_path):
+    kmeans = make_config("KMeansCrossAttention", 3, tmp_path, [])
+    softmax = make_config("SoftmaxCrossAttention", 3, tmp_path, [])
+    assert kmeans.SEED == softmax.SEED == 3
+    assert kmeans.MODEL.KMAX.TRANSFORMER_DECODER.CROSS_ATTENTION == "KMeansCrossAttention"
+    assert softmax.MODEL.KMAX.TRANSFORMER_DECODER.CROSS_ATTENTION == "SoftmaxCrossAttention"
+    for cfg in (kmeans, softmax):
+        cfg.defrost()
+        cfg.MODEL.KMAX.TRANSFORMER_DECODER.CROSS_ATTENTION = ""
+    assert kmeans == softmax
+    quickstart = load_config("shapes/quickstart")
+    assert kmeans.MODEL.KMAX.RESNET == quickstart.MODEL.KMAX.RESNET
+    assert kmeans.SOLVER.BASE_LR == quickstart.SOLVER.BASE_LR
+    assert all(name in DatasetCatalog for name in kmeans.DATASETS.TEST)
+
+
+def test_drawing(tmp_path):
+    draw({"a": [{1: 10.0, 2: 20.0}, {1: 20.0, 2: 40.0}], "b": [{1: 5.0, 2: 6.0}, {1: 5.0, 2: 6.0}]}, tmp_path / "x.png")
+    picture = Image.open(tmp_path / "x.png").convert("RGB")
+    colors = {color for _, color in picture.getcolors(maxcolors=2**24)}
+    assert picture.width > 600
+    assert {(31, 119, 180), (255, 127, 14)} <= colors  # a line of each variant
