@@ -116,6 +116,6 @@ def add_kmax_config(cfg: CfgNode) -> None:
     test.SEMANTIC_ON = True
     test.INSTANCE_ON = True
     test.SEMANTIC = "query"  # class of each pixel's best query, as officially; "marginal" sums over the queries
-    test.INSTANCE = "panoptic"  # instances cut from the merged map, as officially; "query" gives each query's mask
+    test.INSTANCE = "query"  # each query's mask; "panoptic" cuts instances from the merged map, as officially
     test.MAX_INSTANCES = 100  # instances kept for each image
     test.SAVE_PREDICTIONS = ""  # folder for predictions in the formats that the benchmarks' servers take

@@ -10,7 +10,9 @@ from small import options
 from kmax_d2.data import PanopticTestMapper, PanopticTrainMapper, color
 from kmax_d2.data.augmentation import RandomPadCrop, ResizeToFit
 from kmax_d2.data.datasets import coco_panoptic, shapes
+from kmax_d2.data.mapper import read_image, read_segments
 from kmax_d2.engine import load_config
+from kmax_d2.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +60,7 @@ def test_pad_and_crop_move_image_and_labels_alike(size):
         assert inputs.image.shape == (64, 64, 3)
         assert inputs.sem_seg.shape == (64, 64)
         real = inputs.sem_seg > 0
-        assert (inputs.image[~real] == 127.5).all()
+        assert (inputs.image[~real] == 127).all()
         assert real.sum() == min(size[0], 64) * min(size[1], 64)
         np.testing.assert_array_equal(
             inputs.sem_seg[real], inputs.image[real][:, 0] * 3.0 + inputs.image[real][:, 1] * 5.0 + 1
@@ -98,7 +100,36 @@ def test_training_sample_has_the_annotated_masks(records):
     assert areas[0] == 161 * 161 - records[0]["height"] * records[0]["width"]
     assert areas[1:].tolist() == [segment["area"] for segment in records[0]["segments_info"]]
     assert sample["segment_classes"].tolist() == [segment["category_id"] for segment in records[0]["segments_info"]]
-    assert sample["image"].shape == (3, 161, 161)
+    padding = sample["segment_ids"] == -1
+    assert (sample["image"][:, padding] == 127.5).all()
+    pixels = sample["image"][:, ~padding].T.to(torch.uint8).numpy()
+    assert np.array_equal(pixels, np.asarray(Image.open(records[0]["file_name"])).reshape(-1, 3))
+    assert sample["segment_ids"].dtype == torch.int16
+
+
+def test_bgr_samples_are_the_rgb_ones_turned_round(records):
+    samples = []
+    for image_format in ("RGB", "BGR"):
+        np.random.seed(3)
+        samples.append(PanopticTrainMapper(load_config("", options(INPUT__FORMAT=image_format)))(records[0])["image"])
+    assert torch.equal(samples[0], samples[1].flip(0))
+
+
+def test_only_masks_with_a_pixel_are_left_and_their_classes_with_them(tmp_path):
+    ids = np.arange(1, 17).reshape(4, 4).repeat(20, 0).repeat(20, 1)
+    record = write_record(tmp_path, ids, range(1, 17))
+    for segment in record["segments_info"]:
+        segment["category_id"] = segment["id"] + 100
+    # The image says the same as the labels.
+    Image.fromarray(np.stack([ids] * 3, -1).astype(np.uint8)).save(record["file_name"])
+    changes = {"CROP_SIZE": [33, 33], "FIT_CROP": False, "SCALE_RANGE": [1.0, 1.0], "COLOR_POLICY": False}
+    mapper = PanopticTrainMapper(load_config("", options(**{f"INPUT__{k}": v for k, v in changes.items()})))
+    for _ in range(5):
+        sample = mapper(record)
+        assert sample["segment_ids"].unique().tolist() == list(range(len(sample["segment_classes"])))
+        assert len(sample["segment_classes"]) < 16
+        classes = sample["segment_classes"][sample["segment_ids"].long()]
+        assert torch.equal(classes, sample["image"][0].long() + 100)
 
 
 def test_crowds_are_void_and_stuff_of_one_class_is_one_mask(records):
@@ -116,19 +147,43 @@ def test_crowds_are_void_and_stuff_of_one_class_is_one_mask(records):
     assert areas[1 + merged] == stuff[0]["area"] + stuff[1]["area"]
 
 
+def write_record(folder, ids, segment_ids, mode="RGB"):
+    """A dark image and a PNG of the ids (H, W), with things of these ids in the record."""
+    colors = np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)
+    Image.fromarray(colors).convert(mode).save(folder / "ids.png")
+    Image.new("RGB", ids.shape[::-1]).save(folder / "image.png")
+    return {
+        "file_name": str(folder / "image.png"),
+        "pan_seg_file_name": str(folder / "ids.png"),
+        "segments_info": [{"id": id_, "category_id": 0, "isthing": True} for id_ in segment_ids],
+    }
+
+
 def test_more_masks_than_a_byte_counts(tmp_path):
     ids = np.arange(1, 301).reshape(15, 20).repeat(4, 0).repeat(4, 1)
-    Image.fromarray(np.stack([ids % 256, ids // 256, 0 * ids], -1).astype(np.uint8)).save(tmp_path / "ids.png")
-    Image.new("RGB", (80, 60)).save(tmp_path / "image.png")
-    segments = [{"id": i, "category_id": 0, "isthing": True} for i in range(1, 301)]
-    record = {
-        "file_name": str(tmp_path / "image.png"),
-        "pan_seg_file_name": str(tmp_path / "ids.png"),
-        "segments_info": segments,
-    }
     cfg = load_config("", options(INPUT__CROP_SIZE=[129, 129], INPUT__SCALE_RANGE=[1.0, 1.0]))
-    sample = PanopticTrainMapper(cfg)(record)
+    sample = PanopticTrainMapper(cfg)(write_record(tmp_path, ids, range(1, 301)))
     assert sorted(set(sample["segment_ids"].flatten().tolist())) == list(range(-1, 300))
+
+
+def test_ids_that_the_json_lacks_are_named(tmp_path):
+    ids = np.array([[0, 5], [70000, 2**24 - 1]]).repeat(3, 0)
+    with pytest.raises(UserError, match=r"ids\.png has segments that its JSON lacks: ids 5, 70000, 6 pixels in all"):
+        read_segments(write_record(tmp_path, ids, [2**24 - 1]))
+    labels, classes = read_segments(write_record(tmp_path, ids, [2**24 - 1, 5, 9, 70000]))
+    assert labels.tolist() == [[0, 2]] * 3 + [[4, 1]] * 3
+    assert len(classes) == 4
+
+
+@pytest.mark.parametrize("id_", [0, -1, 2**24])
+def test_ids_that_no_png_can_say_are_refused(tmp_path, id_):
+    with pytest.raises(UserError, match=rf"a segment of .*ids\.png has the id {id_} in the JSON"):
+        read_segments(write_record(tmp_path, np.ones((4, 4), int), [1, id_]))
+
+
+def test_panoptic_png_with_an_alpha_channel_is_read_without_it(tmp_path):
+    ids = np.array([[1, 2], [300, 0]])
+    assert read_segments(write_record(tmp_path, ids, [1, 2, 300], "RGBA"))[0].tolist() == [[1, 2], [3, 0]]
 
 
 def test_same_seed_gives_the_same_sample(records):
@@ -159,3 +214,25 @@ def test_exif_and_grey_images_are_read_as_a_person_sees_them(tmp_path):
     sample = PanopticTestMapper(size=None)({"file_name": str(tmp_path / "turned.png")})
     assert np.array_equal(sample["image"][0], np.rot90(grey, -1))
     assert torch.equal(sample["image"][0], sample["image"][2])
+
+
+@pytest.mark.parametrize(("mode", "file"), [("RGBA", "a.png"), ("CMYK", "a.jpg"), ("P", "a.png"), ("LA", "a.png")])
+def test_other_color_modes_are_read_as_their_colors(tmp_path, mode, file):
+    picture = Image.new("RGB", (16, 16), (102, 102, 102) if mode == "LA" else (102, 51, 204)).convert(mode)
+    picture.save(tmp_path / file)
+    image = read_image({"file_name": str(tmp_path / file)}, "RGB")
+    expected = [102, 102, 102] if mode == "LA" else [102, 51, 204]
+    assert np.abs(image.astype(int) - expected).max() <= 3
+
+
+def test_deep_images_and_sizes_that_the_record_contradicts_are_refused(tmp_path):
+    Image.fromarray(np.full((4, 6), 1000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(UserError, match=r"the image .*deep\.png has more than 8 bits a channel"):
+        read_image({"file_name": str(tmp_path / "deep.png")}, "RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (6, 4)).save(tmp_path / "turned.jpg", exif=exif)
+    record = {"file_name": str(tmp_path / "turned.jpg"), "width": 6, "height": 4}
+    with pytest.raises(UserError, match=r"turned\.jpg is 4×6 \(turned as its EXIF says\), but its record says 6×4"):
+        read_image(record, "RGB")
+    assert read_image(record | {"width": 4, "height": 6}, "RGB").shape == (6, 4, 3)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 from detectron2.data.transforms import Augmentation, ResizeTransform
 from fvcore.transforms.transform import CropTransform, NoOpTransform, PadTransform, Transform, TransformList
 
-PAD_VALUE = 127.5  # zero after scaling
+PAD_VALUE = 127  # the mapper makes 127.5 of it, zero after scaling, which no byte says
+
+
+class ScaleTransform(ResizeTransform):
+    """Resizes images bilinearly with Pillow, and labels of any integer type (H, W) to the nearest."""
+
+    def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
+        return cv2.resize(segmentation, (self.new_w, self.new_h), interpolation=cv2.INTER_NEAREST_EXACT)
 
 
 class ResizeToFit(Augmentation):
@@ -38,20 +46,13 @@ class ResizeToFit(Augmentation):
         new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
         if (new_height, new_width) == (height, width):
             return NoOpTransform()
-        return ResizeTransform(height, width, new_height, new_width)
+        return ScaleTransform(height, width, new_height, new_width)
 
     def _random_scale(self) -> float:
         least, largest = self.scale_range
         if self.scale_steps > 1:
             return least + (largest - least) * np.random.randint(self.scale_steps) / (self.scale_steps - 1)
         return np.random.uniform(least, largest)
-
-
-class GreyPadTransform(PadTransform):
-    """Pads images with 127.5, as floats: no byte says that."""
-
-    def apply_image(self, image: np.ndarray) -> np.ndarray:
-        return super().apply_image(image.astype(np.float32))
 
 
 class RandomPadCrop(Augmentation):
@@ -68,7 +69,7 @@ class RandomPadCrop(Augmentation):
         self.seg_pad_value = seg_pad_value
 
     def get_transform(self, image: np.ndarray) -> Transform:
-        """The transform for an image (H, W, 3), which becomes float32 where it is padded."""
+        """The transform for an image (H, W, 3)."""
         height, width = image.shape[:2]
         missing = [max(0, size - side) for size, side in zip(self.size, (height, width), strict=True)]
         extra = [max(0, side - size) for size, side in zip(self.size, (height, width), strict=True)]
@@ -78,7 +79,7 @@ class RandomPadCrop(Augmentation):
         if any(extra):
             steps.append(CropTransform(x, y, min(width, self.size[1]), min(height, self.size[0]), width, height))
         if any(missing):
-            pad = GreyPadTransform(
+            pad = PadTransform(
                 left,
                 top,
                 missing[1] - left,

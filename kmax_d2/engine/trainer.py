@@ -10,17 +10,22 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import (
+    DatasetFromList,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
 from detectron2.engine import DefaultTrainer
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluators
 from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..checkpoint import KMaXCheckpointer
-from ..data import MAPPER_REGISTRY, PanopticTestMapper
+from ..data import MAPPER_REGISTRY, PanopticTestMapper, SkipBroken, WithPartner, skip_samples, training_records
 from ..errors import HideUserErrors, UserError
 from ..evaluation import build_evaluator
 from .optimizer import build_lr_scheduler, build_optimizer
@@ -67,6 +72,16 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As Detectron2's; a resumed run's data go on in their order, and its randomness is not that of its start."""
+        super().resume_or_load(resume)
+        if self.start_iter == 0:
+            return
+        images = self.cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+        skip_samples(self._trainer.data_loader, self.start_iter * images)
+        if self.cfg.SEED >= 0:
+            seed_all_rng(self.cfg.SEED + comm.get_rank() + self.start_iter)
+
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(cfg, model)
@@ -79,7 +94,14 @@ class Trainer(DefaultTrainer):
     def build_train_loader(cls, cfg: CfgNode):
         mapper = MAPPER_REGISTRY.get(cfg.INPUT.DATASET_MAPPER_NAME)(cfg)
         with _needs_files_of(cfg.DATASETS.TRAIN):
-            return build_detection_train_loader(cfg, mapper=mapper)
+            dataset = training_records(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+        if isinstance(dataset, list):
+            dataset = DatasetFromList(dataset, copy=False)  # in memory that all workers share
+        if cfg.INPUT.COPY_PASTE:
+            dataset = WithPartner(dataset)
+        if cfg.INPUT.SKIP_BROKEN:
+            mapper = SkipBroken(mapper, len(dataset))
+        return build_detection_train_loader(cfg, mapper=mapper, dataset=dataset)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):

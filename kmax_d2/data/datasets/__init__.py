@@ -4,7 +4,7 @@ import os
 
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
-from . import ade20k, coco_panoptic, shapes
+from . import ade20k, coco_panoptic, shapes, test_sets
 
 
 def _register_shapes() -> None:
@@ -36,5 +36,6 @@ _ROOT = os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
 _register_shapes()
 _register_coco_unlabeled(_ROOT)
 ade20k.register(_ROOT)
+test_sets.register(_ROOT)
 
-__all__ = ["ade20k", "coco_panoptic", "shapes"]
+__all__ = ["ade20k", "coco_panoptic", "shapes", "test_sets"]

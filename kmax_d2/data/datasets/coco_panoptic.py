@@ -32,9 +32,7 @@ def read_json(json_file: str) -> dict:
     return content
 
 
-def load(
-    json_file: str, image_root: str, panoptic_root: str, categories: Sequence[dict] | None = None
-) -> list[dict]:
+def load(json_file: str, image_root: str, panoptic_root: str, categories: Sequence[dict] | None = None) -> list[dict]:
     """Detectron2's records of a dataset, classes contiguous in the order of `categories`, else of the JSON's own.
 
     Each has "file_name", "pan_seg_file_name", "height", "width", "image_id" and "segments_info". Raises UserError where

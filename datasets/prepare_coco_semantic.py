@@ -1,0 +1,48 @@
+#!/usr/bin/env python
+"""Makes semantic PNGs of COCO's panoptic ones: contiguous classes 0 to 132, 255 for void.
+
+Nothing in this project needs them: training and evaluation read the panoptic PNGs. They are for other semantic tools.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from kmax_d2.data.datasets import coco_panoptic
+from kmax_d2.data.panoptic_png import is_whole, written_whole
+from kmax_d2.data.parallel import parallel_map
+from kmax_d2.data.prepare import make_folder, parse_args
+from kmax_d2.errors import exit_on_user_error
+from kmax_d2.evaluation.semantic import SemanticGroundTruth
+
+VOID = 255
+
+
+def convert(record: dict, target: Path) -> None:
+    """Makes one PNG in the folder `target`, where it is not there."""
+    png = record["pan_seg_file_name"]
+    file = target / Path(png).name
+    if is_whole(file):
+        return
+    classes = SemanticGroundTruth([record], VOID)(png, np.uint8)
+    with written_whole(file) as unfinished:
+        Image.fromarray(classes).save(unfinished)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_args(__doc__, "coco", ["train", "val"], arguments)
+    for split in args.splits:
+        name = f"{split}2017"
+        json_file = args.root / "annotations" / f"panoptic_{name}.json"
+        records = coco_panoptic.load(str(json_file), str(args.root / name), str(args.root / f"panoptic_{name}"))
+        target = make_folder(args.root / f"panoptic_semseg_{name}")
+        parallel_map(functools.partial(convert, target=target), records, split, args.workers)
+        print(f"{target}: {len(records)} images")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,179 @@
+"""A folder of images becomes a dataset whose labels are the model's own, on the shipped quickstart model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
+from panopticapi.utils import rgb2id
+from PIL import Image
+
+import kmax_d2
+from kmax_d2.checkpoint import load_weights
+from kmax_d2.data import PanopticTestMapper, PanopticTrainMapper
+from kmax_d2.data.check import unregistered
+from kmax_d2.data.datasets import coco_panoptic, shapes
+from kmax_d2.engine import load_config
+from kmax_d2.errors import UserError
+from kmax_d2.tools.pseudo_label import main
+
+CONFIG = "shapes/quickstart"
+WEIGHTS = str(Path(kmax_d2.__file__).parent / "assets" / "quickstart.pth")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Drawn images in "unlabeled", one of which is no image; one is PNG, and grey."""
+    folder = tmp_path_factory.mktemp("pseudo_label")
+    shapes.write_split(folder, "unlabeled", 4, 11)
+    images = folder / "unlabeled"
+    Image.open(images / "0003.jpg").convert("L").save(images / "0003.png")
+    (images / "0003.jpg").unlink()
+    (images / "0009.jpg").write_bytes((images / "0000.jpg").read_bytes()[:500])
+    (images / "notes.txt").write_text("no image")
+    return folder
+
+
+def command(folder, output):
+    arguments = ["--config-file", CONFIG, "--weights", WEIGHTS, "--input", str(folder / "unlabeled")]
+    return [*arguments, "--output", str(folder / output)]
+
+
+def run(folder, output="made", *options):
+    main([*command(folder, output), "DATALOADER.NUM_WORKERS", "0", *options])
+    return paths(folder, output)
+
+
+def paths(folder, output):
+    """(images, PNGs, JSON)"""
+    made = folder / output
+    return folder / "unlabeled", made / "panoptic_unlabeled", made / "annotations" / "panoptic_unlabeled.json"
+
+
+@pytest.fixture(scope="module")
+def made(folder):
+    return run(folder)
+
+
+def test_labels_are_the_models_own(made):
+    images, pngs, json_file = made
+    cfg = load_config(CONFIG, ["MODEL.DEVICE", "cpu", "MODEL.KMAX.NORM", "BN"])
+    model = build_model(cfg).eval()
+    load_weights(model, WEIGHTS)
+    content = json.loads(json_file.read_text())
+    entries = {image["file_name"]: image for image in content["images"]}
+    annotations = {annotation["image_id"]: annotation for annotation in content["annotations"]}
+    assert list(entries) == ["0000.jpg", "0001.jpg", "0002.jpg", "0003.png"]
+    for name, image in entries.items():
+        with torch.no_grad():
+            ids, segments = model([PanopticTestMapper(cfg)({"file_name": str(images / name)})])[0]["panoptic_seg"]
+        assert (image["height"], image["width"]) == tuple(ids.shape)
+        annotation = annotations[image["id"]]
+        assert annotation["file_name"] == f"{Path(name).stem}.png"
+        written = rgb2id(np.asarray(Image.open(pngs / annotation["file_name"])))
+        np.testing.assert_array_equal(written, ids.numpy())
+        assert {segment["id"]: segment["category_id"] for segment in annotation["segments_info"]} == {
+            segment["id"]: shapes.CATEGORIES[segment["category_id"]]["id"] for segment in segments
+        }
+        assert len(segments) >= 2
+    assert [category["id"] for category in content["categories"]] == [c["id"] for c in shapes.CATEGORIES]
+    assert [category["isthing"] for category in content["categories"]] == [c["isthing"] for c in shapes.CATEGORIES]
+
+
+def test_labels_are_a_sound_dataset_to_train_with(made):
+    images, pngs, json_file = map(str, made)
+    dataset = unregistered(images, pngs, json_file)
+    assert dataset.faults == []
+    assert [findings.faults for findings in dataset.check(workers=1)] == [[]] * 4
+    name = "pseudo_label_test"
+    coco_panoptic.register(name, images, pngs, json_file)
+    try:
+        records = DatasetCatalog.get(name)
+        assert MetadataCatalog.get(name).stuff_classes == MetadataCatalog.get("shapes_train").stuff_classes
+        sample = PanopticTrainMapper(load_config(CONFIG))(records[0])
+        assert len(sample["segment_classes"]) >= 2
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def test_broken_images_are_named_and_left_out(folder, capsys):
+    run(folder)
+    told = capsys.readouterr().out
+    assert "skipped: cannot read the image" in told
+    assert "unlabeled/0009.jpg" in told
+    assert "left out: 1 images that cannot be read, 0 in which the model finds nothing" in told
+
+
+def test_interrupted_run_goes_on(folder):
+    _, pngs, json_file = run(folder, "interrupted")
+    files = sorted(pngs.glob("*.png"))
+    before, content = [file.read_bytes() for file in files], json_file.read_text()
+    files[0].unlink()
+    files[1].write_bytes(before[1][:200])
+    json_file.unlink()
+    kept = [file.stat().st_mtime_ns for file in files[2:]]
+    run(folder, "interrupted")
+    assert [file.read_bytes() for file in files] == before
+    assert [file.stat().st_mtime_ns for file in files[2:]] == kept
+    assert json_file.read_text() == content
+
+
+def test_another_models_labels_are_not_mixed_in(folder, made):
+    with pytest.raises(UserError, match=r"panoptic_unlabeled holds labels of another model or of other options"):
+        run(folder, "made", "MODEL.KMAX.TEST.PIXEL_THRESHOLD", "0.5")
+
+
+def test_model_that_finds_nothing_gives_no_dataset(folder):
+    options = ["MODEL.KMAX.TEST.THING_THRESHOLD", "1.1", "MODEL.KMAX.TEST.STUFF_THRESHOLD", "1.1"]
+    with pytest.raises(UserError, match=r"not one of the 5 images in .*unlabeled got a label"):
+        run(folder, "nothing", *options)
+
+
+def test_processes_share_the_images(folder, made):
+    arguments = [sys.executable, "-m", "kmax_d2.tools.pseudo_label", *command(folder, "shared"), "--num-gpus", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([*arguments, "DATALOADER.NUM_WORKERS", "0"], check=True, env=environment, capture_output=True)
+    _, pngs, json_file = paths(folder, "shared")
+    assert json_file.read_text() == made[2].read_text()
+    for file in sorted(made[1].glob("*.png")):
+        assert (pngs / file.name).read_bytes() == file.read_bytes()
+
+
+def test_ids_are_the_numbers_of_coco_files(tmp_path):
+    shapes.write_split(tmp_path, "unlabeled", 1, 11)
+    (tmp_path / "unlabeled/0000.jpg").rename(tmp_path / "unlabeled/000000000042.jpg")
+    _, pngs, json_file = run(tmp_path)
+    content = json.loads(json_file.read_text())
+    assert content["images"][0]["id"] == content["annotations"][0]["image_id"] == 42
+    assert (pngs / "000000000042.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "no images in the folder"),
+        (["a.jpg", "a.png"], "2 images in .* are called a but for their suffix"),
+    ],
+)
+def test_folders_that_give_no_dataset(tmp_path, names, message):
+    (tmp_path / "unlabeled").mkdir()
+    for name in names:
+        Image.new("RGB", (8, 8)).save(tmp_path / "unlabeled" / name)
+    with pytest.raises(UserError, match=message):
+        run(tmp_path)
+    with pytest.raises(UserError, match=r"no folder .*elsewhere"):
+        main([*command(tmp_path / "elsewhere", "made")])
+
+
+def test_weights_are_needed(folder):
+    arguments = command(folder, "without")
+    del arguments[2:4]
+    with pytest.raises(UserError, match=r"no weights: set MODEL\.WEIGHTS"):
+        main(arguments)
