@@ -160,6 +160,16 @@ def test_png_of_another_size_than_its_image(data):
         PanopticTrainMapper(load_config("", options()))(record)
 
 
+def test_weights_to_start_from_that_cannot_be_had(tmp_path, data, monkeypatch):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    opts = options(MODEL__WEIGHTS="http://127.0.0.1:9/imagenet.tar.gz", OUTPUT_DIR=str(tmp_path / "out"))
+    trainer = Trainer(setup(arguments(opts=opts, data=data)))
+    with pytest.raises(
+        UserError, match=r"cannot download .*imagenet\.tar\.gz .* train from scratch with MODEL\.WEIGHTS"
+    ):
+        trainer.resume_or_load(resume=False)
+
+
 def test_checkpoints_that_do_not_fit(tmp_path):
     model = Trainer.build_model(load_config("", options(MODEL__KMAX__NUM_CLASSES=3, MODEL__KMAX__NORM="BN")))
     with pytest.raises(UserError, match=r"no checkpoint .*none\.pth"):

@@ -25,6 +25,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..checkpoint import KMaXCheckpointer
+from ..checkpoint.download import is_address
 from ..data import MAPPER_REGISTRY, PanopticTestMapper, SkipBroken, WithPartner, skip_samples, training_records
 from ..errors import HideUserErrors, UserError
 from ..evaluation import build_evaluator
@@ -74,7 +75,12 @@ class Trainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True) -> None:
         """As Detectron2's; a resumed run's data go on in their order, and its randomness is not that of its start."""
-        super().resume_or_load(resume)
+        try:
+            super().resume_or_load(resume)
+        except UserError as error:
+            if is_address(self.cfg.MODEL.WEIGHTS):
+                raise UserError(f'{error}; or train from scratch with MODEL.WEIGHTS ""') from error
+            raise
         if self.start_iter == 0:
             return
         images = self.cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
