@@ -36,7 +36,15 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    args = argument_parser().parse_args()
+    parser = argument_parser()
+    parser.add_argument(
+        "--save-predictions",
+        metavar="DIR",
+        help="write what is predicted in evaluation there, in the formats of COCO's and Cityscapes' servers",
+    )
+    args = parser.parse_args()
+    if args.save_predictions:
+        args.opts += ["MODEL.KMAX.TEST.SAVE_PREDICTIONS", args.save_predictions]
     launch(
         run,
         args.num_gpus,

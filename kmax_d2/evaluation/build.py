@@ -2,32 +2,67 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import COCOPanopticEvaluator, DatasetEvaluators
+from detectron2.evaluation import DatasetEvaluators
 
 from ..errors import UserError
+from .cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator
 from .instance import instance_evaluator
-from .semantic import semantic_evaluator
+from .panoptic import PanopticEvaluator
+from .semantic import scene_parsing_evaluator, semantic_evaluator
+
+KINDS = ("coco_panoptic_seg", "cityscapes_panoptic_seg", "ade20k_panoptic_seg")
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> DatasetEvaluators:
-    """Detectron2's evaluators for the results that the config asks for, which all look at the same forward pass.
+    """The evaluators for the results that the config asks for, which all look at the same forward pass.
 
     Args:
-        cfg: the config; MODEL.KMAX.TEST says which results are on.
-        dataset_name: a dataset in COCO panoptic format.
-        output_dir: where predictions are written.
+        cfg: the config; MODEL.KMAX.TEST says which results are on, and where predictions are saved, if at all.
+        dataset_name: a panoptic dataset. One without ground truth (no "panoptic_json" in its metadata) has its
+            predictions saved only.
+        output_dir: where Detectron2's evaluators write.
+
+    Raises:
+        UserError: no evaluator serves the dataset, or there is nothing to compare with and nowhere to save to.
     """
-    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-    if kind != "coco_panoptic_seg":
+    metadata = MetadataCatalog.get(dataset_name)
+    kind = metadata.get("evaluator_type")
+    if kind not in KINDS:
         raise UserError(f"there is no evaluator for {dataset_name}, whose evaluator_type is {kind}")
     test = cfg.MODEL.KMAX.TEST
+    saved = Path(test.SAVE_PREDICTIONS) / dataset_name if test.SAVE_PREDICTIONS else None
+    truth = metadata.get("panoptic_json")
+    if truth is None and saved is None:
+        raise UserError(f"{dataset_name} has no ground truth: --save-predictions DIR writes what its server takes")
     evaluators = []
+    cityscapes = kind == "cityscapes_panoptic_seg"
     if test.PANOPTIC_ON:
-        evaluators.append(COCOPanopticEvaluator(dataset_name, output_dir))
-    if test.INSTANCE_ON:
+        evaluators.append(PanopticEvaluator(dataset_name, saved, submission_name(dataset_name)))
+    if cityscapes and test.INSTANCE_ON:
+        evaluators.append(CityscapesInstanceEvaluator(dataset_name, saved and saved / "instance"))
+    elif test.INSTANCE_ON and truth is not None:
         evaluators.append(instance_evaluator(dataset_name, output_dir))
-    if test.SEMANTIC_ON:
-        evaluators.append(semantic_evaluator(dataset_name, output_dir))
+    if cityscapes and test.SEMANTIC_ON:
+        evaluators.append(CityscapesSemanticEvaluator(dataset_name, saved and saved / "semantic"))
+    elif test.SEMANTIC_ON and truth is not None:
+        build = scene_parsing_evaluator if kind == "ade20k_panoptic_seg" else semantic_evaluator
+        evaluators.append(build(dataset_name))
     return DatasetEvaluators(evaluators)
+
+
+def submission_name(dataset_name: str) -> str:
+    """What a server wants the panoptic results to be called, without suffix.
+
+    COCO's takes `panoptic_<test set>_<algorithm>_results`, with the test set's name as in its JSON; Cityscapes' script
+    looks for the name of the ground truth's JSON, `cityscapes_panoptic_<split>`.
+    """
+    metadata = MetadataCatalog.get(dataset_name)
+    json_file = metadata.get("panoptic_json")
+    stem = Path(json_file).stem if json_file else metadata.server_name
+    if metadata.evaluator_type == "cityscapes_panoptic_seg":
+        return stem
+    return f"panoptic_{stem.removeprefix('panoptic_')}_kmax_results"

@@ -18,6 +18,7 @@ from .merging import MaskWiseMerging, marginal_classes
 from .pixel_decoder import PIXEL_DECODER_REGISTRY
 from .postprocess import panoptic_instances, panoptic_result, query_classes, query_instances, semantic_result
 from .predictor import Prediction
+from .recompute import recompute_activations
 from .semantic_head import SEMANTIC_HEAD_REGISTRY
 
 STRIDE = 32  # the coarsest map's; sides are padded to 32k + 1
@@ -47,8 +48,8 @@ class KMaXDeepLab(nn.Module):
         outputs: which of "panoptic", "semantic" and "instance" to give.
         semantic: "query" or "marginal", :func:`~kmax_d2.modeling.postprocess.query_classes` or
             :func:`~kmax_d2.modeling.merging.marginal_classes`.
-        instance: "panoptic" or "query", :func:`~kmax_d2.modeling.postprocess.panoptic_instances` or
-            :func:`~kmax_d2.modeling.postprocess.query_instances`.
+        instance: "query" or "panoptic", :func:`~kmax_d2.modeling.postprocess.query_instances` or
+            :func:`~kmax_d2.modeling.postprocess.panoptic_instances`.
         max_instances: instances kept for each image.
     """
 
@@ -70,7 +71,7 @@ class KMaXDeepLab(nn.Module):
         merge_at_crop: bool = True,
         outputs: Sequence[str] = ("panoptic", "semantic", "instance"),
         semantic: str = "query",
-        instance: str = "panoptic",
+        instance: str = "query",
         max_instances: int = 100,
     ):
         super().__init__()
@@ -86,7 +87,7 @@ class KMaXDeepLab(nn.Module):
         self.merge_at_crop = merge_at_crop
         self.outputs = tuple(outputs)
         self.semantic = _one_of("SEMANTIC", semantic, ("query", "marginal"))
-        self.instance = _one_of("INSTANCE", instance, ("panoptic", "query"))
+        self.instance = _one_of("INSTANCE", instance, ("query", "panoptic"))
         self.max_instances = max_instances
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
@@ -244,8 +245,10 @@ class KMaXDeepLab(nn.Module):
             padded_side(max(image.shape[1] for image in images)),
             padded_side(max(image.shape[2] for image in images)),
         )
-        features = self.backbone(self._batch(images, size))
-        final, auxiliary = self.transformer_decoder(self.pixel_decoder(features), True)
+        with recompute_activations():
+            features = self.backbone(self._batch(images, size))
+            final, auxiliary = self.transformer_decoder(self.pixel_decoder(features), True)
+            semantic_logits = self.semantic_head(features) if self.semantic_head is not None else None
         map_size = final.mask_logits.shape[-2:]
         targets = make_targets(
             [x["segment_ids"].to(self.device, non_blocking=True) for x in batched_inputs],
@@ -253,7 +256,6 @@ class KMaXDeepLab(nn.Module):
             map_size,
             (size[0] - 1) // (map_size[0] - 1),
         )
-        semantic_logits = self.semantic_head(features) if self.semantic_head is not None else None
         return self.criterion(final, auxiliary, semantic_logits, targets)
 
     def _segment(
