@@ -164,9 +164,7 @@ def test_weights_to_start_from_that_cannot_be_had(tmp_path, data, monkeypatch):
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
     opts = options(MODEL__WEIGHTS="http://127.0.0.1:9/imagenet.tar.gz", OUTPUT_DIR=str(tmp_path / "out"))
     trainer = Trainer(setup(arguments(opts=opts, data=data)))
-    with pytest.raises(
-        UserError, match=r"cannot download .*imagenet\.tar\.gz .* train from scratch"
-    ):
+    with pytest.raises(UserError, match=r"cannot download .*imagenet\.tar\.gz .* train from scratch"):
         trainer.resume_or_load(resume=False)
 
 
