@@ -25,11 +25,16 @@ def read_json(json_file: str) -> dict:
     missing = [key for key in ("images", "annotations", "categories") if key not in content]
     if missing:
         raise UserError(f"{json_file} is not in COCO panoptic format: it has no {' and no '.join(missing)}")
+    return content
+
+
+def _categories(content: dict, json_file: str) -> list[dict]:
+    """The categories of an annotation file. Raises UserError for one that does not say what it is."""
     for category in content["categories"]:
         absent = [key for key in ("id", "name", "isthing") if key not in category]
         if absent:
             raise UserError(f"{json_file}: the category {category} has no {' and no '.join(absent)}")
-    return content
+    return content["categories"]
 
 
 def load(json_file: str, image_root: str, panoptic_root: str, categories: Sequence[dict] | None = None) -> list[dict]:
@@ -39,7 +44,7 @@ def load(json_file: str, image_root: str, panoptic_root: str, categories: Sequen
     an image or a PNG is missing or a segment's category is not defined.
     """
     content = read_json(json_file)
-    categories = categories or content["categories"]
+    categories = categories or _categories(content, json_file)
     contiguous = {category["id"]: index for index, category in enumerate(categories)}
     things = {category["id"] for category in categories if category["isthing"]}
     images = {image["id"]: image for image in content["images"]}
@@ -135,7 +140,7 @@ def register(
         evaluator_type: names the evaluators of the dataset.
     """
     if categories is None:
-        categories = read_json(json_file)["categories"]
+        categories = _categories(read_json(json_file), json_file)
 
     def records() -> list[dict]:
         if prepare is not None:
