@@ -31,6 +31,7 @@ from kmax_d2.checkpoint.download import download, is_address
 from kmax_d2.data.mapper import PanopticTestMapper, read_image
 from kmax_d2.engine.setup import choose_device, load_config, prepare_datasets
 from kmax_d2.errors import UserError, exit_on_user_error
+from kmax_d2.modeling.fold import fold_batch_norms
 from kmax_d2.visualization import draw_panoptic, result_page
 
 DEFAULT_CONFIG = "coco/r50"
@@ -103,7 +104,7 @@ def build_trained(cfg: CfgNode) -> nn.Module:
         download(cfg.MODEL.WEIGHTS)  # fails before the model is built
     model = build_model(cfg).eval()
     load_weights(model, cfg.MODEL.WEIGHTS)
-    return model
+    return fold_batch_norms(model)
 
 
 def load(args: argparse.Namespace) -> tuple[CfgNode, nn.Module]:

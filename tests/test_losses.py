@@ -411,16 +411,32 @@ def plain_terms(prediction, targets, matching):
     return torch.stack(class_terms), torch.stack(mask_terms), torch.stack(id_terms)
 
 
+@pytest.mark.parametrize("size", [(6, 10), (11, 19)])
+def test_matched_log_probability_is_a_log_softmax_of_resized_logits(size):
+    prediction, targets = random_prediction(), random_targets()
+    matching = match(prediction.class_logits, prediction.mask_logits, targets)
+    logits = torch.randn(2, 8, 6, 10, requires_grad=True)
+    before = logits.detach().clone()
+    ours = losses.matched_log_probability(logits, matching, size)
+    resized = F.interpolate(logits, size, mode="bilinear", align_corners=True).flatten(2)
+    theirs = resized.log_softmax(1)[matching.image, matching.query]
+    torch.testing.assert_close(ours, theirs)
+    weight = torch.randn_like(ours)
+    gradients = [torch.autograd.grad((value * weight).sum(), logits)[0] for value in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits, before)
+
+
 @pytest.mark.parametrize("queries", [8, 5])
 @pytest.mark.parametrize("term", [0, 1, 2], ids=["class", "mask", "mask_id"])
 def test_terms_equal_their_formulas(term, queries):
     prediction, targets = random_prediction(queries=queries), random_targets()
     matching = match(prediction.class_logits, prediction.mask_logits, targets)
-    log_partition = prediction.mask_logits.logsumexp(1)
+    log_probability = losses.matched_log_probability(prediction.mask_logits[:, :, None], matching, (1, 60))
     ours = (
         losses.pq_class_loss(prediction.class_logits, targets, matching),
-        losses.pq_mask_loss(prediction.mask_logits, log_partition, targets, matching),
-        losses.mask_id_loss(prediction.mask_logits, log_partition, targets, matching),
+        losses.pq_mask_loss(log_probability, queries, targets, matching),
+        losses.mask_id_loss(log_probability, targets, matching),
     )[term]
     theirs = plain_terms(prediction, targets, matching)[term]
     torch.testing.assert_close(ours, theirs)

@@ -30,9 +30,9 @@ class TrainLoop(SimpleTrainer):
         start = time.perf_counter()
         batch = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
+        self.optimizer.zero_grad()  # before the forward pass, whose peak would hold the old gradients too
         with self._autocast():
             losses = self.model(batch)
-        self.optimizer.zero_grad()
         self.grad_scaler.scale(sum(losses.values())).backward()
         self._check(losses, batch)
         self._write_metrics(losses, data_time)

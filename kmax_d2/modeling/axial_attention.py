@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from timm.layers import DropPath
 from torch import nn
 
-from .layers import ConvBN, batch_norm, truncated_normal_
+from .layers import ConvBN, affine_of, batch_norm, fold_norm_, truncated_normal_
 
 MAX_LENGTH = 255
 
@@ -52,40 +54,55 @@ class AxialAttention1D(nn.Module):
         length = height if self.axis == "height" else width
         if length > MAX_LENGTH:
             raise ValueError(f"axial attention reaches {MAX_LENGTH} positions; the map's {self.axis} has {length}")
-        # (B, C, H, W) -> (lines, heads, L, d), a line being one row or column.
-        to_lines = (0, 4, 1, 3, 2) if self.axis == "height" else (0, 3, 1, 4, 2)
+        # (B, H, W, C) -> (lines, heads, L, d), a line being one row or column.
+        to_lines = (0, 2, 3, 1, 4) if self.axis == "height" else (0, 1, 3, 2, 4)
 
         def lines(t: torch.Tensor) -> torch.Tensor:
-            t = t.reshape(batch, self.num_heads, -1, height, width).permute(to_lines)
+            t = t.unflatten(3, (self.num_heads, -1)).permute(to_lines)
             return t.reshape(-1, self.num_heads, length, t.shape[-1])
 
         key_width = self.num_heads * self.key_dim
-        q, k, v = self.norm_qkv(self.qkv(x)).split([key_width, key_width, self.num_heads * self.value_dim], dim=1)
+        # Channels last before anything else, so that the norm's gradient comes in the layout of its input.
+        qkv = self.norm_qkv(self.qkv(x)).permute(0, 2, 3, 1)
+        q, k, v = qkv.split([key_width, key_width, self.num_heads * self.value_dim], dim=3)
         q, k, v = lines(q), lines(k), lines(v)
 
         # Row l of a gathered table holds the vectors of distances m - l, for all m.
         positions = torch.arange(length, device=x.device)
         distance = positions[None, :] - positions[:, None] + MAX_LENGTH - 1
-        logits = torch.stack(
-            [
-                q @ k.transpose(-1, -2),
-                torch.einsum("bhld,lmd->bhlm", q, self.query_positions[distance]),
-                torch.einsum("bhmd,lmd->bhlm", k, self.key_positions[distance]),
-            ],
-            dim=1,
-        )
-        logits = self.norm_logits(logits.flatten(1, 2)).view_as(logits).sum(1)
-        attention = logits.softmax(dim=-1)
-
-        retrieved = torch.stack(
-            [attention @ v, torch.einsum("bhlm,lmd->bhld", attention, self.value_positions[distance])], dim=1
-        )
-        # (lines, kind, heads, L, d) -> (lines, kind · heads · d, L, 1) for the norm, then the sum over kinds.
-        channels = retrieved.transpose(-1, -2).reshape(retrieved.shape[0], -1, length, 1)
-        out = self.norm_values(channels).view(retrieved.shape[0], 2, -1, length).sum(1)
+        logits = [
+            q @ k.transpose(-1, -2),
+            _by_position(q, self.query_positions[distance].transpose(1, 2)),
+            _by_position(k, self.key_positions[distance.T].transpose(1, 2)).transpose(-1, -2),
+        ]
+        attention = self._norm_and_sum(self.norm_logits, logits, channel_dims=1).softmax(dim=-1)
+        retrieved = [attention @ v, _by_position(attention, self.value_positions[distance])]
+        out = self._norm_and_sum(self.norm_values, [t.transpose(-1, -2) for t in retrieved], channel_dims=2)
         # Dropped only here: in training the batch norms above take their statistics over every position.
-        out = out[..., :: self.stride].unflatten(0, (batch, -1))
+        out = out[..., :: self.stride].flatten(1, 2).unflatten(0, (batch, -1))
         return out.permute(0, 2, 3, 1) if self.axis == "height" else out.transpose(1, 2)
+
+    def _norm_and_sum(self, norm: nn.Module, kinds: Sequence[torch.Tensor], channel_dims: int) -> torch.Tensor:
+        """Sums kinds (lines, channels, ...) after one batch norm over kinds × channels; these fill `channel_dims`."""
+        if self.training:
+            together = torch.stack(kinds, dim=1)
+            normed = norm(together.flatten(1, 1 + channel_dims).flatten(2)[..., None])
+            return normed.view_as(together).sum(1)
+        # In inference that is an affine map, which needs no copy of them all.
+        shape = kinds[0].shape[1 : 1 + channel_dims] + (1,) * (kinds[0].ndim - 1 - channel_dims)
+        gain, shift = (t.view(len(kinds), *shape) for t in affine_of(norm))
+        total = torch.addcmul(shift.sum(0), kinds[0], gain[0])
+        for kind, own_gain in zip(kinds[1:], gain[1:], strict=True):
+            total.addcmul_(kind, own_gain)
+        return total
+
+    def fold_(self) -> None:
+        self.norm_qkv = fold_norm_(self.qkv, self.norm_qkv)
+
+
+def _by_position(x: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+    """Each position's vectors times its own matrix: (lines, heads, L, i) and (L, i, j) to (lines, heads, L, j)."""
+    return torch.bmm(x.flatten(0, 1).transpose(0, 1), tables).transpose(0, 1).view(*x.shape[:3], -1)
 
 
 class AxialBlock(nn.Module):
@@ -130,4 +147,4 @@ class AxialBlock(nn.Module):
         x = self.act(x)
         shortcut = x if self.shortcut is None else self.shortcut(x)
         out = self.width_attention(self.height_attention(self.conv1(x)))
-        return self.drop_path(self.conv3(self.act(out))) + shortcut
+        return self.drop_path(self.conv3(self.act(out))).add_(shortcut)

@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import UserError
-from .layers import resize
 from .losses import (
     hardest_semantic_loss,
     instance_discrimination_loss,
     mask_id_loss,
+    matched_log_probability,
     pq_class_loss,
     pq_mask_loss,
     sample_features,
@@ -109,11 +109,11 @@ class Criterion(nn.Module):
         """Every term of every prediction, the final one first; all go through each term as one batch."""
         final, count = predictions[0], len(predictions)
         size = final.mask_logits.shape[-2:]
-        matching = match(final.class_logits, final.mask_logits.flatten(2), targets).repeat(count)
+        matching = match(final.class_logits, final.mask_logits.flatten(2), targets)
         targets = targets.repeat(count)
         class_logits = torch.cat([p.class_logits for p in predictions])
-        mask_logits = torch.cat([resize(p.mask_logits, size).flatten(2) for p in predictions])
-        log_partition = mask_logits.logsumexp(1)
+        log_probability = torch.cat([matched_log_probability(p.mask_logits, matching, size) for p in predictions])
+        matching = matching.repeat(count)
         pixels = sample_pixels(targets, self.num_samples, self.instance_temperature)
         features = torch.cat(
             [
@@ -124,8 +124,8 @@ class Criterion(nn.Module):
         floor = self.min_pq_weight
         terms = {
             "loss_pq_class": pq_class_loss(class_logits, targets, matching, floor),
-            "loss_pq_mask": pq_mask_loss(mask_logits, log_partition, targets, matching, floor),
-            "loss_mask_id": mask_id_loss(mask_logits, log_partition, targets, matching),
+            "loss_pq_mask": pq_mask_loss(log_probability, class_logits.shape[1], targets, matching, floor),
+            "loss_mask_id": mask_id_loss(log_probability, targets, matching),
             "loss_instance": instance_discrimination_loss(features, pixels, targets),
         }
         means = {name: self.weights[name] * term.view(count, -1).mean(1) for name, term in terms.items()}

@@ -6,7 +6,7 @@ import torch
 from detectron2.utils.registry import Registry
 from torch import nn
 
-from .layers import ConvBN, LinearBN, batch_norm, norm_vectors, truncated_normal_
+from .layers import ConvBN, LinearBN, batch_norm, norm_vectors, places, truncated_normal_
 
 CROSS_ATTENTION_REGISTRY = Registry("CROSS_ATTENTION")
 CROSS_ATTENTION_REGISTRY.__doc__ = """
@@ -14,12 +14,6 @@ Updates of the centers from the pixels, named by `MODEL.KMAX.TRANSFORMER_DECODER
 `(channels, *, key_channels, num_heads, norm)`. Its forward pass takes the projected centers (B, N, C), the projected
 pixels (B, C, H, W) and the mask logits (B, N, H, W), and gives an update of the centers (B, N, C).
 """
-
-
-def places(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) to (B, H · W, C)."""
-    # Not flatten and transpose: PyTorch's batch norm misreads the gradient's strides of that, on CPUs, for one image.
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 @CROSS_ATTENTION_REGISTRY.register()

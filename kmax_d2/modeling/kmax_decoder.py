@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.utils.registry import Registry
@@ -112,8 +113,8 @@ class KMaXDecoderLayer(nn.Module):
     def forward(
         self, centers: torch.Tensor, pixels: torch.Tensor, with_classes: bool
     ) -> tuple[torch.Tensor, Prediction]:
-        """Centers (B, N, C) and a raw map (B, pixel_channels, H, W) to new centers and this decoder's prediction."""
-        pixels = self.pixel_projection(self.act(pixels))
+        """Centers (B, N, C) and an activated map (B, pixel_channels, H, W) to new centers and a prediction."""
+        pixels = self.pixel_projection(pixels)
         query = self.center_projection(centers)
         prediction = self.predictor(pixels, query, query, with_classes)
         centers = centers + self.drop_path(self.cross_attention(query, pixels, prediction.mask_logits))
@@ -221,8 +222,9 @@ class KMaXTransformerDecoder(nn.Module):
             centers = centers[torch.randperm(len(centers), device=centers.device)[: self.training_queries]]
         centers = centers.expand(maps[0].shape[0], -1, -1)
         auxiliary = []
+        activated = [F.gelu(x) for x in maps[: max(self.map_of_layer) + 1]]  # once for all decoders on a map
         for layer, index in zip(self.layers, self.map_of_layer, strict=True):
-            centers, prediction = layer(centers, maps[index], auxiliary_classes)
+            centers, prediction = layer(centers, activated[index], auxiliary_classes)
             auxiliary.append(prediction)
         final = self.predictor(maps[-1], self.class_projection(centers), self.mask_projection(centers))
         return final, auxiliary

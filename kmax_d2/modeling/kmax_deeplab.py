@@ -18,7 +18,6 @@ from .merging import MaskWiseMerging, marginal_classes
 from .pixel_decoder import PIXEL_DECODER_REGISTRY
 from .postprocess import panoptic_instances, panoptic_result, query_classes, query_instances, semantic_result
 from .predictor import Prediction
-from .recompute import recompute_activations
 from .semantic_head import SEMANTIC_HEAD_REGISTRY
 
 STRIDE = 32  # the coarsest map's; sides are padded to 32k + 1
@@ -245,10 +244,9 @@ class KMaXDeepLab(nn.Module):
             padded_side(max(image.shape[1] for image in images)),
             padded_side(max(image.shape[2] for image in images)),
         )
-        with recompute_activations():
-            features = self.backbone(self._batch(images, size))
-            final, auxiliary = self.transformer_decoder(self.pixel_decoder(features), True)
-            semantic_logits = self.semantic_head(features) if self.semantic_head is not None else None
+        features = self.backbone(self._batch(images, size))
+        final, auxiliary = self.transformer_decoder(self.pixel_decoder(features), True)
+        semantic_logits = self.semantic_head(features) if self.semantic_head is not None else None
         map_size = final.mask_logits.shape[-2:]
         targets = make_targets(
             [x["segment_ids"].to(self.device, non_blocking=True) for x in batched_inputs],

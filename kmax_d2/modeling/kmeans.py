@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .cross_attention import CROSS_ATTENTION_REGISTRY, places
-from .layers import ConvBN, LinearBN, batch_norm, norm_vectors, truncated_normal_
+from .cross_attention import CROSS_ATTENTION_REGISTRY
+from .layers import ConvBN, LinearBN, batch_norm, norm_vectors, places, truncated_normal_
 
 
 def kmeans_assign(mask_logits: torch.Tensor) -> torch.Tensor:

@@ -39,6 +39,26 @@ def batch_norm(norm: str, channels: int, init_gain: float = 1.0) -> nn.Module:
     return layer
 
 
+def affine_of(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a batch norm does in inference: the gain and the shift of each channel, two (C,) tensors."""
+    gain = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    return gain, norm.bias - norm.running_mean * gain
+
+
+@torch.no_grad()
+def fold_norm_(layer: nn.Conv2d | nn.Linear, norm: nn.Module) -> nn.Module:
+    """Puts the batch norm that follows a layer into its weights, for inference; gives what is left in its place.
+
+    A norm of another kind, such as a group norm, stays.
+    """
+    if not hasattr(norm, "running_var"):
+        return norm
+    gain, shift = affine_of(norm)
+    layer.weight.mul_(gain.view(-1, *[1] * (layer.weight.ndim - 1)))
+    layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias * gain + shift, requires_grad=False)
+    return nn.Identity()
+
+
 class ConvBN(nn.Module):
     """Convolution without bias, batch norm, and an activation if one is given. (B, C, H, W) to (B, C', H', W')."""
 
@@ -79,6 +99,9 @@ class ConvBN(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.act(self.norm(self.conv(x)))
 
+    def fold_(self) -> None:
+        self.norm = fold_norm_(self.conv, self.norm)
+
 
 class LinearBN(nn.Module):
     """Linear map without bias, batch norm over all vectors, an activation if one is given. (B, N, C) to (B, N, C')."""
@@ -105,6 +128,9 @@ class LinearBN(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.act(norm_vectors(self.norm, self.linear(x)))
 
+    def fold_(self) -> None:
+        self.norm = fold_norm_(self.linear, self.norm)
+
 
 class DepthwiseSeparable(nn.Sequential):
     """5×5 depthwise and 1×1 convolution, each with batch norm and GELU. (B, C, H, W) to (B, C', H, W)."""
@@ -118,6 +144,12 @@ class DepthwiseSeparable(nn.Sequential):
 def norm_vectors(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Applies a batch norm to vectors (B, N, C): 4-D is the one layout that every synchronised batch norm takes."""
     return norm(x.flatten(0, 1)[:, :, None, None]).view_as(x)
+
+
+def places(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) to (B, H · W, C)."""
+    # Not flatten and transpose: PyTorch's batch norm misreads the gradient's strides of that, on CPUs, for one image.
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def resize(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

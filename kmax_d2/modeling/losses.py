@@ -5,9 +5,13 @@ Each function gives one value for each image, (B,), before its weight.
 
 from __future__ import annotations
 
+import math
+from itertools import combinations_with_replacement
+
 import torch
 import torch.nn.functional as F
 
+from .layers import places, resize
 from .matcher import VOID, Matching, Targets
 
 MATCHED_WEIGHT = 0.75
@@ -42,46 +46,81 @@ def pq_class_loss(
     return _mean_of_nonzero(losses * weight)
 
 
+class _MatchedLogSoftmax(torch.autograd.Function):
+    """The matched rows of a log-softmax over the queries. The softmax is made anew in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx, mask_logits: torch.Tensor, image: torch.Tensor, query: torch.Tensor, size: tuple[int, int]
+    ) -> torch.Tensor:
+        ctx.size = size
+        logits = resize(mask_logits, size).flatten(2)
+        log_partition = logits.logsumexp(1)
+        ctx.save_for_backward(mask_logits, log_partition, image, query)
+        return logits[image, query] - log_partition[image]
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        mask_logits, log_partition, image, query = ctx.saved_tensors
+        with torch.enable_grad():
+            mask_logits = mask_logits.detach().requires_grad_()
+            logits = resize(mask_logits, ctx.size)
+        total = torch.zeros_like(log_partition).index_add_(0, image, grad)
+        grad_logits = (logits.detach().flatten(2) - log_partition[:, None]).exp_().mul_(-total[:, None])
+        grad_logits[image, query] += grad  # no query is matched twice
+        return *torch.autograd.grad(logits, mask_logits, grad_logits.view_as(logits)), None, None, None
+
+
+def matched_log_probability(mask_logits: torch.Tensor, matching: Matching, size: tuple[int, int]) -> torch.Tensor:
+    """Log-softmax over the queries of resized mask logits, of the matched queries alone.
+
+    Nothing as large as the resized logits is kept for the gradient, which needs a few passes over them only.
+
+    Args:
+        mask_logits: (B, N, h, w), of any size.
+        matching: T matched pairs.
+        size: (H, W) to resize to, bilinearly.
+
+    Returns:
+        (T, H · W).
+    """
+    return _MatchedLogSoftmax.apply(mask_logits, matching.image, matching.query, tuple(size))
+
+
 def pq_mask_loss(
-    mask_logits: torch.Tensor,
-    log_partition: torch.Tensor,
-    targets: Targets,
-    matching: Matching,
-    min_weight: float = 1e-5,
+    log_probability: torch.Tensor, num_queries: int, targets: Targets, matching: Matching, min_weight: float = 1e-5
 ) -> torch.Tensor:
     """PQ-style mask term: one minus dice of each matched pair, weighted by its class probability.
 
     Args:
-        mask_logits: (B, N, P).
-        log_partition: (B, P), log-sum-exp of the mask logits over the queries.
+        log_probability: (T, P) of the matched pairs, from :func:`matched_log_probability`.
+        num_queries: N.
         targets, matching: ground truth and the matching of the final prediction.
         min_weight: floor of the detached weights.
     """
     segment_ids = targets.segment_ids[matching.image]
-    probability = (mask_logits[matching.image, matching.query] - log_partition[matching.image]).exp()
-    probability = probability * (segment_ids != VOID)
+    probability = log_probability.exp() * (segment_ids != VOID)
     inside = segment_ids == matching.segment[:, None]
     intersection = (probability * inside).sum(1)
     dice = (2 * intersection + DICE_SMOOTH) / (inside.sum(1) + probability.sum(1) + DICE_SMOOTH)
     losses = (1 - dice) * matching.class_probability.clamp_min(min_weight)
-    per_image = losses.new_zeros(mask_logits.shape[0]).index_add(0, matching.image, losses)
-    return per_image * MATCHED_WEIGHT / mask_logits.shape[1]
+    return _sum_by_image(losses, targets, matching) * MATCHED_WEIGHT / num_queries
 
 
-def mask_id_loss(
-    mask_logits: torch.Tensor, log_partition: torch.Tensor, targets: Targets, matching: Matching
-) -> torch.Tensor:
+def mask_id_loss(log_probability: torch.Tensor, targets: Targets, matching: Matching) -> torch.Tensor:
     """Mask-id cross-entropy: each pixel's softmax over queries against the query matched to its mask.
 
-    Arguments as for :func:`pq_mask_loss`.
+    Void pixels, and those of masks that found no query, have no target. Arguments as for :func:`pq_mask_loss`.
     """
-    query_of_segment = torch.full_like(targets.classes, VOID)
-    query_of_segment[matching.image, matching.segment] = matching.query
-    # Void pixels, and those of masks that found no query, have no target.
-    query = query_of_segment.gather(1, targets.segment_ids.clamp_min(0))
-    query = query.where(targets.segment_ids != VOID, VOID)
-    logit = mask_logits.gather(1, query.clamp_min(0)[:, None])[:, 0]
-    return _mean_of_nonzero((log_partition - logit) * (query != VOID))
+    inside = targets.segment_ids[matching.image] == matching.segment[:, None]
+    losses = -log_probability * inside
+    counts = _sum_by_image((losses != 0).sum(1), targets, matching)
+    return _sum_by_image(losses.sum(1), targets, matching) / counts.clamp_min(1)
+
+
+def _sum_by_image(values: torch.Tensor, targets: Targets, matching: Matching) -> torch.Tensor:
+    """(T,) values of the matched pairs to their sum for each image, (B,)."""
+    return values.new_zeros(len(targets.classes)).index_add(0, matching.image, values)
 
 
 def _sums_by_segment(values: torch.Tensor, segment_ids: torch.Tensor, targets: Targets) -> torch.Tensor:
@@ -116,35 +155,44 @@ def sample_pixels(targets: Targets, num_samples: int, temperature: float) -> tor
 class _RowLogSumExp(torch.autograd.Function):
     """log Σ_j exp(f_i · f_j / T) for every i of (B, k, C) features whose squared lengths stay well below 80 T.
 
-    The (k, k) similarities are made a few rows at a time, and anew in the backward pass.
+    The (k, k) similarities are symmetric: half of them are made, a block at a time, and anew in the backward pass.
     """
 
     @staticmethod
     def forward(ctx, features: torch.Tensor) -> torch.Tensor:
-        partition = torch.cat([_exp_similarity(features, rows).sum(2) for rows in _row_blocks(features)], dim=1)
+        partition = features.new_zeros(features.shape[:2])
+        for rows, columns in _blocks(features):
+            weight = _exp_similarity(features, rows, columns)
+            partition[:, rows] += weight.sum(2)
+            if rows != columns:
+                partition[:, columns] += weight.sum(1)
         ctx.save_for_backward(features, partition)
         return partition.log()
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
         features, partition = ctx.saved_tensors
-        # Every feature stands in its own row and in everybody's column, and the similarity is symmetric.
+        # Every feature stands in its own row and in everybody's column.
         share = grad / partition
-        blocks = []
-        for rows in _row_blocks(features):
-            weight = _exp_similarity(features, rows).mul_(share[:, rows, None] + share[:, None])
-            blocks.append(torch.bmm(weight, features))
-        return torch.cat(blocks, dim=1).div_(TEMPERATURE)
+        result = torch.zeros_like(features)
+        for rows, columns in _blocks(features):
+            weight = _exp_similarity(features, rows, columns).mul_(share[:, rows, None] + share[:, None, columns])
+            result[:, rows] += torch.bmm(weight, features[:, columns])
+            if rows != columns:
+                result[:, columns] += torch.bmm(weight.transpose(1, 2), features[:, rows])
+        return result.div_(TEMPERATURE)
 
 
-def _row_blocks(features: torch.Tensor) -> list[slice]:
+def _blocks(features: torch.Tensor) -> list[tuple[slice, slice]]:
+    """Square blocks of rows and columns on and above the diagonal."""
     batch, samples = features.shape[:2]
-    step = max(1, SIMILARITIES_AT_ONCE // (batch * samples))
-    return [slice(start, start + step) for start in range(0, samples, step)]
+    step = max(1, math.isqrt(SIMILARITIES_AT_ONCE // batch))
+    parts = [slice(start, start + step) for start in range(0, samples, step)]
+    return list(combinations_with_replacement(parts, 2))
 
 
-def _exp_similarity(features: torch.Tensor, rows: slice) -> torch.Tensor:
-    return torch.bmm(features[:, rows] / TEMPERATURE, features.transpose(1, 2)).exp_()
+def _exp_similarity(features: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
+    return torch.bmm(features[:, rows] / TEMPERATURE, features[:, columns].transpose(1, 2)).exp_()
 
 
 def sample_features(feature_map: torch.Tensor, pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -157,6 +205,9 @@ def sample_features(feature_map: torch.Tensor, pixels: torch.Tensor, size: tuple
     Returns:
         (B, k, C).
     """
+    if tuple(feature_map.shape[-2:]) == tuple(size):
+        features = places(feature_map)
+        return features.gather(1, pixels[..., None].expand(-1, -1, features.shape[2]))
     height, width = size
     position = torch.stack([pixels % width / max(width - 1, 1), pixels // width / max(height - 1, 1)], dim=2)
     grid = 2 * position[:, None].to(feature_map.dtype) - 1

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .layers import DepthwiseSeparable, LinearBN, batch_norm, l2_normalize, truncated_normal_
+from .layers import DepthwiseSeparable, LinearBN, batch_norm, fold_norm_, l2_normalize, places, truncated_normal_
 
 VOID_PRIOR = 0.9
 
@@ -77,7 +77,10 @@ class Predictor(nn.Module):
         # In float32 also under autocast: an argmax over these logits assigns the pixels.
         with torch.autocast(feature.device.type, enabled=False):
             feature = l2_normalize(feature.float(), dim=1)
-            mask_logits = embedding.float() @ feature.flatten(2)
+            mask_logits = embedding.float() @ places(feature).transpose(1, 2)
             mask_logits = self.mask_norm(mask_logits[:, None])[:, 0].unflatten(2, feature.shape[-2:])
         class_logits = self.class_head(class_embedding) + self.class_prior if with_classes else None
         return Prediction(class_logits, mask_logits, feature)
+
+    def fold_(self) -> None:
+        self.pixel_norm = fold_norm_(self.pixel_projection, self.pixel_norm)

@@ -10,7 +10,7 @@ from detectron2.utils import comm
 from detectron2.utils.registry import Registry
 from torch import nn
 
-from .layers import ConvBN, DepthwiseSeparable, resize, truncated_normal_
+from .layers import ConvBN, DepthwiseSeparable, places, resize, truncated_normal_
 
 SEMANTIC_HEAD_REGISTRY = Registry("SEMANTIC_HEAD")
 SEMANTIC_HEAD_REGISTRY.__doc__ = """
@@ -34,7 +34,7 @@ class ASPP(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def _pooled(self, x: torch.Tensor) -> torch.Tensor:
-        pooled = self.pool.conv(x.mean(dim=(2, 3), keepdim=True))
+        pooled = self.pool.conv(places(x).mean(1)[..., None, None])
         norm = self.pool.norm
         replicas = comm.get_world_size() if isinstance(norm, (nn.SyncBatchNorm, NaiveSyncBatchNorm)) else 1
         if self.training and pooled.shape[0] * replicas == 1:

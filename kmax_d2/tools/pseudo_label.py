@@ -34,6 +34,7 @@ from ..data.prepare import make_folder, write_json
 from ..engine import launch, load_config
 from ..engine.setup import choose_device, prepare_datasets
 from ..errors import UserError, exit_on_user_error
+from ..modeling.fold import fold_batch_norms
 
 
 class Images(Dataset):
@@ -117,6 +118,7 @@ def label(args: argparse.Namespace, files: list[Path], folder: Path) -> None:
     categories = categories_of(cfg)
     model = build_model(cfg).eval()
     load_weights(model, cfg.MODEL.WEIGHTS)
+    model = fold_batch_norms(model)
     own = files[comm.get_rank() :: comm.get_world_size()]
     # Every image has its own size, so that there is nothing to collate.
     loader = DataLoader(Images(own, PanopticTestMapper(cfg)), batch_size=None, num_workers=cfg.DATALOADER.NUM_WORKERS)

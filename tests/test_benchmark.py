@@ -1,0 +1,99 @@
+"""The benchmark's rows, its made-up prediction and its command line."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kmax_d2.errors import UserError
+from kmax_d2.tools.benchmark import Stopwatch, argument_parser, benchmark, made_up_prediction, peak_bytes, prepare
+
+
+def run(mode, *more):
+    line = [mode, "--config-file", "shapes/quickstart", "--size", "65", "97", "--device", "cpu", "--threads", "1"]
+    line += ["--repeats", "2", "--no-memory", *more]
+    args = argument_parser().parse_intermixed_args(line)
+    return {row.name: row for row in benchmark(prepare(args), args)}
+
+
+@pytest.mark.parametrize(
+    ("mode", "stages"),
+    [
+        ("inference", {"backbone", "pixel_decoder", "kmax_decoders", "final_predictor", "merging"}),
+        ("training", {"backbone", "pixel_decoder", "kmax_decoders", "semantic_head", "losses", "backward"}),
+        ("merging", set()),
+    ],
+)
+def test_rows(mode, stages):
+    rows = run(mode)
+    assert set(rows) == stages | {"ResNet-50 body", "total"}
+    for row in rows.values():
+        assert row.seconds > 0
+        assert row.ratio == pytest.approx(row.seconds / rows["ResNet-50 body"].seconds)
+    parts = sum(rows[name].seconds for name in stages)
+    assert parts <= 1.3 * rows["total"].seconds
+    if mode == "inference":
+        assert parts == pytest.approx(rows["total"].seconds, rel=0.3)
+
+
+def test_mapper_against_reading_and_resizing():
+    assert set(run("mapper")) == {"reading and resizing", "total"}
+
+
+def test_bfloat16():
+    assert run("inference", "--precision", "bfloat16")["total"].seconds > 0
+
+
+def test_made_up_prediction_is_a_dozen_confident_masks():
+    shapes = torch.Size((1, 20, 6)), torch.Size((1, 20, 17, 25))
+    class_logits, mask_logits = made_up_prediction(*shapes, torch.device("cpu"))
+    says_something = class_logits[0].softmax(1)[:, :-1].amax(1) > 0.9
+    assert says_something.sum() == 12
+    owners = mask_logits[0].softmax(0).amax(0)
+    assert (owners > 0.9).float().mean() > 0.9
+
+
+class _Task:
+    """A module-level builder, as a fresh process needs it."""
+
+    def __init__(self, megabytes):
+        self.megabytes = megabytes
+
+    def __call__(self, cfg, args, watch):
+        return lambda: torch.ones(self.megabytes, 2**18)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells")
+def test_peak_is_that_of_the_task_alone():
+    args = argument_parser().parse_intermixed_args(["inference", "--config-file", "", "--device", "cpu"])
+    ballast = torch.ones(300, 2**18)  # in this process, which must not count
+    assert peak_bytes(_Task(100), None, args) == pytest.approx(100 * 2**20, rel=0.2)
+    assert ballast[0, 0] == 1
+
+
+def test_stopwatch_adds_up_what_runs_twice():
+    watch = Stopwatch("cpu")
+    twice = watch.timed("stage", lambda: sum(range(10000)))
+    twice()
+    once = watch.read()["stage"]
+    twice(), twice()
+    assert once > 0
+    assert watch.read()["stage"] > once
+    assert watch.read() == {}
+
+
+def test_json():
+    command = [sys.executable, "-m", "kmax_d2.tools.benchmark", "merging", "--config-file", "shapes/quickstart"]
+    command += ["--size", "65", "65", "--device", "cpu", "--json", "--no-memory", "--repeats", "1", "--threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = json.loads(done.stdout)
+    assert set(rows[0]) == {"name", "seconds", "spread", "yardstick_seconds", "ratio", "peak_bytes"}
+
+
+def test_no_threads_at_all():
+    args = argument_parser().parse_intermixed_args(["inference", "--config-file", "shapes/quickstart"])
+    args.threads = 0
+    with pytest.raises(UserError, match="at least 1"):
+        prepare(args)

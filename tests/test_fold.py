@@ -1,0 +1,104 @@
+"""The folded copy against the official values and against the model that it was made of."""
+
+import copy
+
+import pytest
+import reference
+import torch
+from detectron2.modeling import build_model
+from small import options
+from test_axial_attention import randomise_norms
+from test_forward import MODELS, TOLERANCE, compute, error_of, stages, thinning
+from torch import nn
+
+from kmax_d2.checkpoint import official_to_state_dict
+from kmax_d2.engine import load_config
+from kmax_d2.modeling.fold import fold_batch_norms
+
+# Parts whose norms are of a kind of their own or too small to matter.
+KEPT = ("semantic_head", "attention", "predictor.mask_norm", "cross_attention.norm")
+
+
+@pytest.mark.parametrize("tag", [tag for tag in MODELS if "convnext" not in tag])
+def test_every_stage(tag, request):
+    """At the same tolerance as the plain model."""
+    expected = reference.load(f"forward_{tag}")
+    if tag == "coco_r50":
+        model = request.getfixturevalue("coco_model")
+    else:
+        model = reference.build(MODELS[tag])
+        things = model.merging.is_thing.tolist()
+        reference.load_all(model, official_to_state_dict(reference.official_variables(tag), things))
+    computed = compute(fold_batch_norms(model), expected["image"], tag.split("_")[0])
+    errors = {name: error_of(computed[name], expected[name], thinning(name, expected)) for name in stages(tag)}
+    assert {name: error for name, error in errors.items() if not error < TOLERANCE} == {}
+
+
+@pytest.fixture
+def small_model():
+    model = build_model(load_config("", options(MODEL__KMAX__NUM_CLASSES=5)))
+    return randomise_norms(model).eval()
+
+
+def predict(model):
+    image = torch.arange(3 * 65 * 97).view(1, 3, 65, 97) % 251
+    return model.predict(image, auxiliary=True)
+
+
+def assert_equal(ours, theirs):
+    for name in ("class_logits", "mask_logits", "pixel_feature"):
+        largest = theirs[name].abs().max().item()
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=TOLERANCE * largest)
+
+
+@pytest.mark.parametrize("standard", [False, True])
+@pytest.mark.parametrize("norm", ["BN", "naiveSyncBN", "SyncBN", "FrozenBN"])
+def test_every_norm_and_form(norm, standard):
+    choice = {"MODEL__KMAX__NUM_CLASSES": 5, "MODEL__KMAX__NORM": norm, "MODEL__KMAX__RESNET__STANDARD": standard}
+    model = randomise_norms(build_model(load_config("", options(**choice)))).eval()
+    assert_equal(predict(fold_batch_norms(model)), predict(model))
+
+
+def test_the_model_stays_as_it_was(small_model):
+    before = copy.deepcopy(small_model.state_dict())
+    small_model.train()
+    predict(fold_batch_norms(small_model))
+    after = small_model.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert small_model.training
+    assert all(parameter.requires_grad for parameter in small_model.parameters())
+
+
+def test_no_batch_norm_is_left_where_it_costs(small_model):
+    folded = fold_batch_norms(small_model)
+    left = [name for name, module in folded.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    maps = [name for name in left if name.startswith(("backbone", "pixel_decoder")) and "norm_" not in name]
+    assert maps == []
+
+
+def test_input_is_left_alone(small_model):
+    """Activations that write over their input must not reach what the caller holds, nor the maps that others read."""
+    folded = fold_batch_norms(small_model)
+    image = torch.randn(1, 3, 65, 97)
+    with torch.no_grad():
+        features = folded.backbone(image)
+        kept = {name: value.clone() for name, value in features.items()}
+        maps = folded.pixel_decoder(features)
+        kept_maps = [value.clone() for value in maps]
+        folded.transformer_decoder(maps, True)
+    assert all(torch.equal(kept[name], features[name]) for name in kept)
+    assert all(torch.equal(a, b) for a, b in zip(kept_maps, maps, strict=True))
+
+
+@pytest.mark.slow
+def test_compiled(small_model):
+    """At two sizes; graphs may break, results may not."""
+    folded = fold_batch_norms(small_model)
+    images = [torch.arange(3 * 65 * width).view(1, 3, 65, width) % 251 for width in (65, 97)]
+    expected = [folded.predict(image) for image in images]
+    for name in ("backbone", "pixel_decoder", "transformer_decoder"):
+        part = folded.get_submodule(name)
+        part.forward = torch.compile(part.forward, backend="aot_eager")
+    for image, prediction in zip(images, expected, strict=True):
+        assert_equal(folded.predict(image), prediction)
