@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from kmax_d2.data.datasets import shapes
 from kmax_d2.errors import UserError
 from kmax_d2.tools.benchmark import Stopwatch, argument_parser, benchmark, made_up_prediction, peak_bytes, prepare
 
@@ -38,8 +39,18 @@ def test_rows(mode, stages):
         assert parts == pytest.approx(rows["total"].seconds, rel=0.3)
 
 
-def test_mapper_against_reading_and_resizing():
-    assert set(run("mapper")) == {"reading and resizing", "total"}
+def test_mapper_against_detectron2s():
+    assert set(run("mapper")) == {"plain Detectron2 mapper", "total"}
+
+
+def test_mapper_of_own_data(tmp_path):
+    shapes.write_split(tmp_path, "val", 2, 5)
+    data = [str(tmp_path / name) for name in ("val", "panoptic_val", "panoptic_val.json")]
+    line = ["mapper", "--config-file", "coco/r50", "--size", "65", "97", "--device", "cpu", "--threads", "1"]
+    args = argument_parser().parse_intermixed_args([*line, "--repeats", "2", "--train-data", *data])
+    rows = benchmark(prepare(args), args)
+    assert [row.name for row in rows] == ["plain Detectron2 mapper", "total"]
+    assert all(row.peak_bytes > 0 for row in rows)
 
 
 def test_bfloat16():

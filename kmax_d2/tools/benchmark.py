@@ -6,7 +6,8 @@
 - `inference`: from uint8 images to panoptic results, merging included, with batch norms folded.
 - `training`: one step without the optimizer: forward, losses and backward.
 - `merging`: from mask and class logits to panoptic results.
-- `mapper`: one training sample, from files to tensors. Its yardstick is reading and resizing the same image.
+- `mapper`: one training sample, from files to tensors. Its yardstick is Detectron2's plain mapper: an image and its PNG
+  read, resized to fit the crop and flipped.
 
 The yardstick of the first three is torchvision's ResNet-50 without pooling and head, in float32, for the same size,
 batch and threads: its forward pass, or forward and backward for training. Its repetitions and the model's take turns,
@@ -33,17 +34,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
-import numpy as np
 import torch
 import torchvision
 from detectron2.config import CfgNode
-from detectron2.data import detection_utils, get_detection_dataset_dicts
+from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from tabulate import tabulate
 from torch import nn
 
-from ..data import MAPPER_REGISTRY, WithPartner
+from ..data import MAPPER_REGISTRY, WithPartner, training_records
 from ..engine import load_config
 from ..engine.setup import choose_device, prepare_datasets
 from ..errors import UserError, exit_on_user_error
@@ -230,7 +230,7 @@ def build_merging(cfg: CfgNode, args: argparse.Namespace, watch: Stopwatch) -> C
 def _training_records(cfg: CfgNode) -> Iterator[dict]:
     """The config's training records, over and over."""
     try:
-        records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=False)
+        records = training_records(cfg.DATASETS.TRAIN, filter_empty=False)
     except (FileNotFoundError, AssertionError) as error:
         raise UserError(f"the training data {', '.join(cfg.DATASETS.TRAIN)} are not on disk: {error}") from error
     records = WithPartner(records) if cfg.INPUT.COPY_PASTE else records
@@ -243,14 +243,16 @@ def build_mapper(cfg: CfgNode, args: argparse.Namespace, watch: Stopwatch) -> Ca
     return lambda: mapper(next(records))
 
 
-def build_reading(cfg: CfgNode, args: argparse.Namespace, watch: Stopwatch) -> Callable[[], object]:
-    """One repetition of the mapper's yardstick: an image read, and resized to fit the crop."""
+def build_plain_mapper(cfg: CfgNode, args: argparse.Namespace, watch: Stopwatch) -> Callable[[], object]:
+    """One repetition of the mapper's yardstick: Detectron2's own mapper, with the panoptic PNG for its labels."""
+    side = max(cfg.INPUT.CROP_SIZE)
+    augmentations = [T.ResizeShortestEdge(side, side), T.RandomFlip()]
+    mapper = DatasetMapper(is_train=True, augmentations=augmentations, image_format=cfg.INPUT.FORMAT)
     records = _training_records(cfg)
 
-    def run() -> np.ndarray:
-        image = detection_utils.read_image(next(records)["file_name"], cfg.INPUT.FORMAT)
-        scale = min(crop / side for crop, side in zip(cfg.INPUT.CROP_SIZE, image.shape, strict=False))
-        return cv2.resize(image, None, fx=scale, fy=scale)
+    def run() -> dict:
+        record = next(records)
+        return mapper({"file_name": record["file_name"], "sem_seg_file_name": record["pan_seg_file_name"]})
 
     return run
 
@@ -279,6 +281,8 @@ def peak_bytes(build: Callable, cfg: CfgNode, args: argparse.Namespace) -> int |
 
 def _peak_bytes_here(build: Callable, cfg: CfgNode, args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
+    if args.mode == "mapper" and cfg.DATASETS.OWN_TRAIN:
+        prepare_datasets(cfg)  # what the parent has registered is not in this process
     if args.device.startswith("cuda"):
         build(cfg, args, Stopwatch(args.device))()
         return torch.cuda.max_memory_allocated(args.device)
@@ -291,8 +295,8 @@ def benchmark(cfg: CfgNode, args: argparse.Namespace) -> list[Row]:
     """Measures one mode: the yardstick, the total, and the total's stages."""
     torch.set_num_threads(args.threads)
     watch = Stopwatch(args.device)
-    build, build_reference = BUILDERS[args.mode], build_reading if args.mode == "mapper" else build_yardstick
-    reference = "reading and resizing" if args.mode == "mapper" else "ResNet-50 body"
+    build, build_reference = BUILDERS[args.mode], build_plain_mapper if args.mode == "mapper" else build_yardstick
+    reference = "plain Detectron2 mapper" if args.mode == "mapper" else "ResNet-50 body"
     tasks = {
         reference: watch.timed(reference, build_reference(cfg, args, watch)),
         "total": watch.timed("total", build(cfg, args, watch)),
