@@ -6,8 +6,8 @@
 - `inference`: from uint8 images to panoptic results, merging included, with batch norms folded.
 - `training`: one step without the optimizer: forward, losses and backward.
 - `merging`: from mask and class logits to panoptic results.
-- `mapper`: one training sample, from files to tensors. Its yardstick is Detectron2's plain mapper: an image and its PNG
-  read, resized to fit the crop and flipped.
+- `mapper`: one training sample, from files to tensors. Its yardstick is a plain mapper of Detectron2's parts: an image
+  and its PNG read, resized to fit the crop and flipped, and colors turned into ids, without copy-paste.
 
 The yardstick of the first three is torchvision's ResNet-50 without pooling and head, in float32, for the same size,
 batch and threads: its forward pass, or forward and backward for training. Its repetitions and the model's take turns,
@@ -34,12 +34,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torchvision
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
+from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
+from panopticapi.utils import rgb2id
 from tabulate import tabulate
 from torch import nn
 
@@ -244,15 +246,19 @@ def build_mapper(cfg: CfgNode, args: argparse.Namespace, watch: Stopwatch) -> Ca
 
 
 def build_plain_mapper(cfg: CfgNode, args: argparse.Namespace, watch: Stopwatch) -> Callable[[], object]:
-    """One repetition of the mapper's yardstick: Detectron2's own mapper, with the panoptic PNG for its labels."""
+    """One repetition of the mapper's yardstick: what a panoptic mapper of Detectron2 does before it makes targets."""
     side = max(cfg.INPUT.CROP_SIZE)
-    augmentations = [T.ResizeShortestEdge(side, side), T.RandomFlip()]
-    mapper = DatasetMapper(is_train=True, augmentations=augmentations, image_format=cfg.INPUT.FORMAT)
+    augmentations = T.AugmentationList([T.ResizeShortestEdge(side, side), T.RandomFlip()])
     records = _training_records(cfg)
 
-    def run() -> dict:
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
         record = next(records)
-        return mapper({"file_name": record["file_name"], "sem_seg_file_name": record["pan_seg_file_name"]})
+        image = detection_utils.read_image(record["file_name"], cfg.INPUT.FORMAT)
+        colors = detection_utils.read_image(record["pan_seg_file_name"], "RGB")
+        inputs = T.AugInput(image, sem_seg=colors)
+        augmentations(inputs)
+        image = torch.from_numpy(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
+        return image, torch.from_numpy(rgb2id(inputs.sem_seg))
 
     return run
 
