@@ -166,6 +166,9 @@ def test_weights_to_start_from_that_cannot_be_had(tmp_path, data, monkeypatch):
     trainer = Trainer(setup(arguments(opts=opts, data=data)))
     with pytest.raises(UserError, match=r"cannot download .*imagenet\.tar\.gz .* train from scratch"):
         trainer.resume_or_load(resume=False)
+    (tmp_path / "out" / "last_checkpoint").write_text("model_final.pth")  # now it is that file that is missing
+    with pytest.raises(UserError, match=r"no checkpoint .*model_final\.pth$"):
+        trainer.resume_or_load(resume=True)
 
 
 def test_checkpoints_that_do_not_fit(tmp_path):

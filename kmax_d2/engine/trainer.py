@@ -10,11 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import (
-    DatasetFromList,
-    build_detection_test_loader,
-    build_detection_train_loader,
-)
+from detectron2.data import DatasetFromList, build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.engine.train_loop import TrainerBase
@@ -78,7 +74,8 @@ class Trainer(DefaultTrainer):
         try:
             super().resume_or_load(resume)
         except UserError as error:
-            if is_address(self.cfg.MODEL.WEIGHTS):
+            resumes = resume and self.checkpointer.has_checkpoint()
+            if is_address(self.cfg.MODEL.WEIGHTS) and not resumes:
                 raise UserError(f'{error}; or train from scratch with MODEL.WEIGHTS ""') from error
             raise
         if self.start_iter == 0:
