@@ -45,6 +45,12 @@ def random_prediction(batch=2, queries=8, classes=7, pixels=60, channels=6):
     return Prediction(class_logits.requires_grad_(), mask_logits.requires_grad_(), feature.requires_grad_())
 
 
+def all_losses(criterion, final, auxiliary, semantic, targets):
+    """The criterion's losses by name, that of semantic logits too."""
+    losses = criterion(final, auxiliary, targets)
+    return losses | {"loss_semantic": criterion.semantic_loss(semantic, targets, final.mask_logits.shape[-2:])}
+
+
 # --- official values ---
 
 
@@ -58,7 +64,7 @@ def official(request):
         is_thing = [trained >= 11 for trained in range(19)]
         options |= {"instance_temperature": 0.6, "semantic_hard_share": 0.2}
         options |= {"is_thing": is_thing, "small_instance_area": 4096, "small_instance_weight": 3.0}
-    return Criterion(**options)(final, auxiliary, semantic, targets), arrays
+    return all_losses(Criterion(**options), final, auxiliary, semantic, targets), arrays
 
 
 @pytest.mark.parametrize("prediction", ["final", *range(6)])
@@ -85,12 +91,10 @@ def test_every_term_has_its_weight():
         pixel_feature=prediction.pixel_feature.unflatten(2, (6, 10)),
     )
     semantic = torch.randn(2, 8, 6, 10)
-    plain = Criterion(pq_weight=1, mask_id_weight=1, instance_weight=1, semantic_weight=1, num_samples=60)(
-        prediction, [prediction], semantic, targets
-    )
-    weighted = Criterion(pq_weight=2, mask_id_weight=3, instance_weight=5, semantic_weight=7, num_samples=60)(
-        prediction, [prediction], semantic, targets
-    )
+    criterion = Criterion(pq_weight=1, mask_id_weight=1, instance_weight=1, semantic_weight=1, num_samples=60)
+    plain = all_losses(criterion, prediction, [prediction], semantic, targets)
+    criterion = Criterion(pq_weight=2, mask_id_weight=3, instance_weight=5, semantic_weight=7, num_samples=60)
+    weighted = all_losses(criterion, prediction, [prediction], semantic, targets)
     weights = {"pq_class": 2, "pq_mask": 2, "mask_id": 3, "instance": 5, "semantic": 7}
     for name, weight in weights.items():
         for key in [f"loss_{name}"] + [f"loss_{name}_0"] * (name != "semantic"):
@@ -149,7 +153,7 @@ def test_every_prediction_draws_its_own_sample(monkeypatch):
         pixel_feature=prediction.pixel_feature.unflatten(2, (6, 10)),
     )
     criterion = Criterion(num_samples=20, instance_temperature=1.2, semantic_temperature=2.3)
-    criterion(prediction, [prediction] * 2, torch.randn(2, 8, 6, 10), random_targets())
+    all_losses(criterion, prediction, [prediction] * 2, torch.randn(2, 8, 6, 10), random_targets())
     assert [temperature for temperature, _ in drawn] == [1.2, 2.3]
     samples = [*drawn[0][1].chunk(3), drawn[1][1]]
     assert len({tuple(pixels.flatten().tolist()) for pixels in samples}) == 4
@@ -326,7 +330,7 @@ def test_semantic_targets_are_read_at_the_semantic_maps_positions():
             pixel_feature=prediction.pixel_feature.unflatten(2, size),
         )
         criterion = Criterion(num_samples=20, semantic_hard_share=1.0, is_thing=[True] * 3)
-        values = criterion(prediction, [], semantic, make_targets(list(ids), labels, size, stride))
+        values = all_losses(criterion, prediction, [], semantic, make_targets(list(ids), labels, size, stride))
         assert values["loss_semantic"].item() == pytest.approx(sum(expected) / 2, rel=1e-5)
 
 
@@ -491,7 +495,7 @@ def run_criterion(prediction, targets, size, **options):
     maps = prediction._replace(
         mask_logits=prediction.mask_logits.unflatten(2, size), pixel_feature=prediction.pixel_feature.unflatten(2, size)
     )
-    values = Criterion(num_samples=30, **options)(maps, [maps], semantic, targets)
+    values = all_losses(Criterion(num_samples=30, **options), maps, [maps], semantic, targets)
     inputs = {**prediction._asdict(), "semantic": semantic}
     gradients = {}
     for name, value in values.items():
@@ -570,9 +574,9 @@ def test_losses_are_computed_in_float32_under_autocast(dtype, options):
     prediction = Prediction(torch.randn(1, 4, 8), mask_logits, F.normalize(torch.randn(1, 6, *size), dim=1))
     semantic = torch.randn(1, 8, *size)
     torch.manual_seed(1)
-    expected = Criterion(num_samples=500, **options)(prediction, [], semantic, targets)
+    expected = all_losses(Criterion(num_samples=500, **options), prediction, [], semantic, targets)
     torch.manual_seed(1)
     with torch.autocast("cpu", dtype=dtype):
-        values = Criterion(num_samples=500, **options)(prediction, [], semantic, targets)
+        values = all_losses(Criterion(num_samples=500, **options), prediction, [], semantic, targets)
     for name, value in expected.items():
         torch.testing.assert_close(values[name], value, rtol=1e-5, atol=1e-6)

@@ -96,6 +96,7 @@ def build_sure(*options):
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.5
+    torch.manual_seed(3)  # gives segments of things and of stuff
     with torch.no_grad():
         for _ in range(5):
             model([sample(65, 65, seed) for seed in range(2)])

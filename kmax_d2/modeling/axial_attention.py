@@ -9,6 +9,7 @@ from timm.layers import DropPath
 from torch import nn
 
 from .layers import ConvBN, affine_of, batch_norm, fold_norm_, truncated_normal_
+from .recompute import recompute
 
 MAX_LENGTH = 255
 
@@ -50,10 +51,16 @@ class AxialAttention1D(nn.Module):
 
         Raises ValueError if the axis is longer than 255.
         """
-        batch, _, height, width = x.shape
-        length = height if self.axis == "height" else width
+        length = x.shape[2 if self.axis == "height" else 3]
         if length > MAX_LENGTH:
             raise ValueError(f"axial attention reaches {MAX_LENGTH} positions; the map's {self.axis} has {length}")
+        # All that follows the convolution is cheap to compute, but large to keep.
+        return recompute(self._attend, self.qkv(x), modules=[self])
+
+    def _attend(self, qkv: torch.Tensor) -> torch.Tensor:
+        """From (B, 4 · width, H, W), keys, queries and values before their norm."""
+        batch, _, height, width = qkv.shape
+        length = height if self.axis == "height" else width
         # (B, H, W, C) -> (lines, heads, L, d), a line being one row or column.
         to_lines = (0, 2, 3, 1, 4) if self.axis == "height" else (0, 1, 3, 2, 4)
 
@@ -63,12 +70,12 @@ class AxialAttention1D(nn.Module):
 
         key_width = self.num_heads * self.key_dim
         # Channels last before anything else, so that the norm's gradient comes in the layout of its input.
-        qkv = self.norm_qkv(self.qkv(x)).permute(0, 2, 3, 1)
+        qkv = self.norm_qkv(qkv).permute(0, 2, 3, 1)
         q, k, v = qkv.split([key_width, key_width, self.num_heads * self.value_dim], dim=3)
         q, k, v = lines(q), lines(k), lines(v)
 
         # Row l of a gathered table holds the vectors of distances m - l, for all m.
-        positions = torch.arange(length, device=x.device)
+        positions = torch.arange(length, device=qkv.device)
         distance = positions[None, :] - positions[:, None] + MAX_LENGTH - 1
         logits = [
             q @ k.transpose(-1, -2),
@@ -147,4 +154,5 @@ class AxialBlock(nn.Module):
         x = self.act(x)
         shortcut = x if self.shortcut is None else self.shortcut(x)
         out = self.width_attention(self.height_attention(self.conv1(x)))
-        return self.drop_path(self.conv3(self.act(out))).add_(shortcut)
+        out = recompute(nn.Sequential(self.act, self.conv3.conv), out, modules=[])
+        return self.drop_path(self.conv3.finish(out)).add_(shortcut)

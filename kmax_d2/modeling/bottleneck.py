@@ -6,7 +6,7 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
-from .layers import ConvBN
+from .layers import ConvBN, chain
 
 
 class Bottleneck(nn.Module):
@@ -49,4 +49,4 @@ class Bottleneck(nn.Module):
         """(B, in_channels, H, W) to (B, 4 · width, ceil(H / stride), ceil(W / stride))."""
         x = self.act(x)
         shortcut = x if self.shortcut is None else self.shortcut(x)
-        return self.drop_path(self.conv3(self.conv2(self.conv1(x)))).add_(shortcut)
+        return self.drop_path(chain([self.conv1, self.conv2, self.conv3], x)).add_(shortcut)

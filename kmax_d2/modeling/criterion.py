@@ -80,7 +80,6 @@ class Criterion(nn.Module):
         self,
         final: Prediction,
         auxiliary: Sequence[Prediction],
-        semantic_logits: torch.Tensor | None,
         targets: Targets,
     ) -> dict[str, torch.Tensor]:
         """Weighted losses by name, each a mean over the batch.
@@ -88,22 +87,15 @@ class Criterion(nn.Module):
         Args:
             final: the final prediction, at the size (h, w) that the targets are read at.
             auxiliary: those of the decoders, of any size.
-            semantic_logits: (B, K or K + 1, h', w'), or None without a semantic head. Of any size; for the hardest
-                pixels every position must be one of the final map's too.
             targets: ground truth with P = h · w.
 
         Returns:
-            "loss_<term>" of the final prediction, "loss_<term>_<i>" of the i-th auxiliary one, and "loss_semantic".
+            "loss_<term>" of the final prediction and "loss_<term>_<i>" of the i-th auxiliary one.
         """
         # Sums over a whole map need float32, also under autocast.
         with torch.autocast(final.mask_logits.device.type, enabled=False):
             predictions = [Prediction(*(tensor.float() for tensor in p)) for p in (final, *auxiliary)]
-            losses = self._matched_losses(predictions, targets)
-            if semantic_logits is not None:
-                losses["loss_semantic"] = self._semantic_loss(
-                    semantic_logits.float(), targets, final.mask_logits.shape[-2:]
-                )
-        return losses
+            return self._matched_losses(predictions, targets)
 
     def _matched_losses(self, predictions: Sequence[Prediction], targets: Targets) -> dict[str, torch.Tensor]:
         """Every term of every prediction, the final one first; all go through each term as one batch."""
@@ -134,18 +126,27 @@ class Criterion(nn.Module):
             losses |= {f"{name}_{index - 1}": values[index] for name, values in means.items()}
         return losses
 
-    def _semantic_loss(self, logits: torch.Tensor, targets: Targets, size: tuple[int, int]) -> torch.Tensor:
+    def semantic_loss(self, logits: torch.Tensor, targets: Targets, size: tuple[int, int]) -> torch.Tensor:
+        """The weighted loss of the auxiliary semantic head, a mean over the batch.
+
+        Args:
+            logits: (B, K or K + 1, h', w'), of any size; for the hardest pixels each position is one of the targets'.
+            targets: ground truth with P = h · w.
+            size: (h, w).
+        """
+        with torch.autocast(logits.device.type, enabled=False):
+            return self.weights["loss_semantic"] * self._semantic_losses(logits.float(), targets, size).mean()
+
+    def _semantic_losses(self, logits: torch.Tensor, targets: Targets, size: tuple[int, int]) -> torch.Tensor:
         if self.semantic_hard_share > 0:
             step = (size[0] - 1) // (logits.shape[2] - 1)
             ids = targets.segment_ids.unflatten(1, size)[:, ::step, ::step].flatten(1)
             weights = small_instance_weights(
                 targets, self.is_thing, self.small_instance_area, self.small_instance_weight
             )
-            losses = hardest_semantic_loss(logits.flatten(2), ids, targets, weights, self.semantic_hard_share)
-        else:
-            pixels = sample_pixels(targets, self.num_samples, self.semantic_temperature)
-            losses = semantic_loss(sample_features(logits, pixels, size), pixels, targets)
-        return self.weights["loss_semantic"] * losses.mean()
+            return hardest_semantic_loss(logits.flatten(2), ids, targets, weights, self.semantic_hard_share)
+        pixels = sample_pixels(targets, self.num_samples, self.semantic_temperature)
+        return semantic_loss(sample_features(logits, pixels, size), pixels, targets)
 
 
 def make_targets(

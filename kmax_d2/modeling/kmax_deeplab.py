@@ -13,11 +13,13 @@ from torch import nn
 from ..errors import UserError, did_you_mean
 from .criterion import Criterion, make_targets
 from .cross_attention import CROSS_ATTENTION_REGISTRY
+from .early_gradient import early_gradient
 from .kmax_decoder import TRANSFORMER_DECODER_REGISTRY
 from .merging import MaskWiseMerging, marginal_classes
 from .pixel_decoder import PIXEL_DECODER_REGISTRY
 from .postprocess import panoptic_instances, panoptic_result, query_classes, query_instances, semantic_result
 from .predictor import Prediction
+from .recompute import recompute_blocks
 from .semantic_head import SEMANTIC_HEAD_REGISTRY
 
 STRIDE = 32  # the coarsest map's; sides are padded to 32k + 1
@@ -50,6 +52,7 @@ class KMaXDeepLab(nn.Module):
         instance: "query" or "panoptic", :func:`~kmax_d2.modeling.postprocess.query_instances` or
             :func:`~kmax_d2.modeling.postprocess.panoptic_instances`.
         max_instances: instances kept for each image.
+        recompute: whether residual blocks keep only their inputs for the gradient.
     """
 
     @configurable
@@ -72,6 +75,7 @@ class KMaXDeepLab(nn.Module):
         semantic: str = "query",
         instance: str = "query",
         max_instances: int = 100,
+        recompute: bool = False,
     ):
         super().__init__()
         self.backbone = backbone
@@ -90,6 +94,8 @@ class KMaXDeepLab(nn.Module):
         self.max_instances = max_instances
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+        if recompute:
+            recompute_blocks(self)
         # Batch norms, depthwise convolutions and layer norms are fastest with channels last.
         self.to(memory_format=torch.channels_last)
 
@@ -152,6 +158,7 @@ class KMaXDeepLab(nn.Module):
             "semantic": test.SEMANTIC,
             "instance": test.INSTANCE,
             "max_instances": test.MAX_INSTANCES,
+            "recompute": kmax.RECOMPUTE_BLOCKS,
         }
 
     @property
@@ -244,17 +251,25 @@ class KMaXDeepLab(nn.Module):
             padded_side(max(image.shape[1] for image in images)),
             padded_side(max(image.shape[2] for image in images)),
         )
-        features = self.backbone(self._batch(images, size))
-        final, auxiliary = self.transformer_decoder(self.pixel_decoder(features), True)
-        semantic_logits = self.semantic_head(features) if self.semantic_head is not None else None
-        map_size = final.mask_logits.shape[-2:]
+        stride = self.pixel_decoder.output_shape()[-1].stride
+        map_size = ((size[0] - 1) // stride + 1, (size[1] - 1) // stride + 1)
         targets = make_targets(
             [x["segment_ids"].to(self.device, non_blocking=True) for x in batched_inputs],
             [x["segment_classes"].to(self.device, non_blocking=True) for x in batched_inputs],
             map_size,
-            (size[0] - 1) // (map_size[0] - 1),
+            stride,
         )
-        return self.criterion(final, auxiliary, semantic_logits, targets)
+        features = self.backbone(self._batch(images, size))
+        losses = {}
+        if self.semantic_head is not None:
+
+            def semantic_loss(*maps: torch.Tensor) -> torch.Tensor:
+                logits = self.semantic_head(dict(zip(features, maps, strict=True)))
+                return self.criterion.semantic_loss(logits, targets, map_size)
+
+            losses["loss_semantic"] = early_gradient(semantic_loss, list(features.values()), self.semantic_head)
+        final, auxiliary = self.transformer_decoder(self.pixel_decoder(features), True)
+        return self.criterion(final, auxiliary, targets) | losses
 
     def _segment(
         self, prediction: Prediction, row: int, image: torch.Tensor, inputs: dict, padded: tuple[int, int]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from detectron2.layers import get_norm as d2_norm
 from timm.layers import trunc_normal_tf_
 from timm.layers.weight_init import variance_scaling_
 from torch import nn
+
+from .depthwise import DepthwiseConv2d
+from .recompute import recompute
 
 BN_EPS = 1e-3
 BN_MOMENTUM = 0.01  # in PyTorch's sense: the share of the new batch
@@ -76,28 +82,36 @@ class ConvBN(nn.Module):
         init_gain: float = 1.0,
     ):
         super().__init__()
-        self.conv = nn.Conv2d(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride=stride,
-            padding=dilation * (kernel_size // 2),
-            dilation=dilation,
-            groups=in_channels if depthwise else 1,
-            bias=False,
-        )
-        self.norm = batch_norm(norm, out_channels, init_gain)
-        self.act = act_layer() if act_layer is not None else nn.Identity()
         if depthwise:
+            self.conv = DepthwiseConv2d(in_channels, kernel_size)
             # Glorot's fans of a depthwise kernel, counted as TensorFlow counts them.
             area = kernel_size * kernel_size
             bound = (6.0 / (area * in_channels + area)) ** 0.5
             nn.init.uniform_(self.conv.weight, -bound, bound)
         else:
+            padding = dilation * (kernel_size // 2)
+            self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=False)
             he_normal_(self.conv.weight)
+        self.norm = batch_norm(norm, out_channels, init_gain)
+        self.act = act_layer() if act_layer is not None else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.act(self.norm(self.conv(x)))
+        return self.finish(self.conv(x))
+
+    def finish(self, x: torch.Tensor) -> torch.Tensor:
+        """Norm and activation of the convolution's output."""
+        if isinstance(self.act, nn.GELU) and self.training:
+            return recompute(self._norm_and_act, x, modules=[self.norm])
+        return self._norm_and_act(x)
+
+    def _norm_and_act(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.norm(x))
+
+    def then(self, following: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Norm and activation of the convolution's output and a convolution after them, which alone reads these."""
+        if self.training:
+            return recompute(lambda x: following(self._norm_and_act(x)), x, modules=[self.norm])
+        return following(self._norm_and_act(x))
 
     def fold_(self) -> None:
         self.norm = fold_norm_(self.conv, self.norm)
@@ -132,13 +146,28 @@ class LinearBN(nn.Module):
         self.norm = fold_norm_(self.linear, self.norm)
 
 
-class DepthwiseSeparable(nn.Sequential):
+def chain(layers: Sequence[ConvBN], x: torch.Tensor) -> torch.Tensor:
+    """The layers one after the other; of what lies between two convolutions, only the first one's output is kept."""
+    x = layers[0].conv(x)
+    for layer, following in pairwise(layers):
+        x = layer.then(following.conv, x)
+    return layers[-1].finish(x)
+
+
+class DepthwiseSeparable(nn.Module):
     """5×5 depthwise and 1×1 convolution, each with batch norm and GELU. (B, C, H, W) to (B, C', H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int, *, norm: str):
         super().__init__()
         self.depthwise = ConvBN(in_channels, in_channels, 5, norm=norm, depthwise=True, act_layer=nn.GELU)
         self.pointwise = ConvBN(in_channels, out_channels, norm=norm, act_layer=nn.GELU)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return chain([self.depthwise, self.pointwise], x)
+
+    def then(self, following: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """These two and a convolution after them, which alone reads what they give."""
+        return self.pointwise.then(following, self.depthwise.then(self.pointwise.conv, self.depthwise.conv(x)))
 
 
 def norm_vectors(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:

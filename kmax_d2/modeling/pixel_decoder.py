@@ -14,6 +14,7 @@ from torch import nn
 from .axial_attention import AxialBlock
 from .bottleneck import Bottleneck
 from .layers import ConvBN, resize
+from .recompute import recompute
 
 PIXEL_DECODER_REGISTRY = Registry("PIXEL_DECODER")
 PIXEL_DECODER_REGISTRY.__doc__ = """
@@ -21,6 +22,19 @@ Pixel decoders, named by `MODEL.KMAX.PIXEL_DECODER.NAME`. One is called with `(c
 backbone's maps by name, and has `output_shape()`: the ShapeSpecs of the list of maps, coarse to fine, that its forward
 pass makes of the backbone's dict.
 """
+
+
+class Projection(nn.Sequential):
+    """GELU, then a 1×1 convolution with batch norm. (B, C, H, W) to (B, C', H, W)."""
+
+    def __init__(self, in_channels: int, channels: int, *, norm: str):
+        super().__init__(nn.GELU(), ConvBN(in_channels, channels, norm=norm))
+
+    def forward(self, x: torch.Tensor, before: nn.Module | None = None) -> torch.Tensor:
+        """Takes x through the module `before` first, if there is one."""
+        act, layer = self
+        modules = [act, layer.conv] if before is None else [before, act, layer.conv]
+        return layer.finish(recompute(nn.Sequential(*modules), x, modules=modules))
 
 
 class Fusion(nn.Module):
@@ -39,13 +53,12 @@ class Fusion(nn.Module):
 
     @staticmethod
     def _projection(in_channels: int, channels: int, norm: str) -> nn.Module:
-        if in_channels == channels:
-            return nn.Identity()
-        return nn.Sequential(nn.GELU(), ConvBN(in_channels, channels, norm=norm))
+        return nn.Identity() if in_channels == channels else Projection(in_channels, channels, norm=norm)
 
-    def forward(self, coarse: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:
-        """(B, C1, h, w) and (B, C2, H, W) to (B, channels, H, W)."""
-        return resize(self.coarse(coarse), fine.shape[-2:]) + self.fine(fine)
+    def forward(self, coarse: torch.Tensor, fine: torch.Tensor, fine_norm: nn.Module) -> torch.Tensor:
+        """(B, C1, h, w) and (B, C2, H, W), the latter to be normed first, to (B, channels, H, W)."""
+        fine = self.fine(fine, fine_norm) if isinstance(self.fine, Projection) else fine_norm(fine)
+        return resize(self.coarse(coarse), fine.shape[-2:]) + fine
 
 
 @PIXEL_DECODER_REGISTRY.register()
@@ -123,10 +136,11 @@ class KMaXPixelDecoder(nn.Module):
 
     def forward(self, features: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """The encoder's maps by name to raw maps, coarse to fine, each (B, 4 · width, H, W)."""
-        inputs = [norm(features[name]) for norm, name in zip(self.input_norms, self.in_features, strict=True)]
-        x = self.stages[0](inputs[0])
+        inputs = [features[name] for name in self.in_features]
+        x = self.stages[0](self.input_norms[0](inputs[0]))
         maps = [x]
-        for fusion, stage, finer in zip(self.fusions, self.stages[1:], inputs[1:], strict=True):
-            x = stage(fusion(x, finer))
+        finer = zip(self.fusions, self.stages[1:], inputs[1:], self.input_norms[1:], strict=True)
+        for fusion, stage, encoded, norm in finer:
+            x = stage(fusion(x, encoded, norm))
             maps.append(x)
         return maps

@@ -72,7 +72,7 @@ class Predictor(nn.Module):
         with_classes: bool = True,
     ) -> Prediction:
         """Pixels (B, C, H, W) and two embeddings of the centers (B, N, D) to a :class:`Prediction`."""
-        feature = self.pixel_norm(self.pixel_projection(self.pixel_head(pixels)))
+        feature = self.pixel_norm(self.pixel_head.then(self.pixel_projection, pixels))
         embedding = self.mask_embedding(mask_embedding)
         # In float32 also under autocast: an argmax over these logits assigns the pixels.
         with torch.autocast(feature.device.type, enabled=False):

@@ -118,7 +118,7 @@ class ASPPSemanticHead(nn.Module):
         for name, low_level, fuse in zip(("stage3", "stage2"), self.low_level, self.fuse, strict=True):
             low = low_level(self.act(features[name]))
             x = fuse(torch.cat([resize(x, low.shape[-2:]), low], dim=1))
-        return self.classifier(self.head(x))
+        return self.head.then(self.classifier, x)
 
 
 @SEMANTIC_HEAD_REGISTRY.register()
@@ -149,4 +149,4 @@ class PointwiseSemanticHead(nn.Module):
 
     def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
         """The encoder's maps by name to logits (B, K, H / 32, W / 32)."""
-        return self.classifier(self.head(features["stage5"]))
+        return self.head.then(self.classifier, features["stage5"])

@@ -14,6 +14,7 @@ from timm.models.convnext import ConvNeXt
 from torch import nn
 
 from ...errors import UserError
+from ..depthwise import DepthwiseConv2d
 from ..layers import truncated_normal_
 
 
@@ -44,6 +45,8 @@ class KMaXConvNeXt(Backbone):
             raise UserError("ConvNeXt has four stages: give as many MODEL.KMAX.CONVNEXT.DEPTHS and WIDTHS")
         net = ConvNeXt(depths=tuple(depths), dims=tuple(widths), num_classes=0, drop_path_rate=drop_path)
         self.stem, self.stages = net.stem, net.stages
+        for block in (block for stage in self.stages for block in stage.blocks):
+            block.conv_dw = DepthwiseConv2d(block.conv_dw.in_channels, block.conv_dw.kernel_size[0], bias=True)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 truncated_normal_(module.weight, 0.02)  # timm truncates at 2, a hundred standard deviations
