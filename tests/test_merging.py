@@ -7,8 +7,10 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
-from kmax_d2.modeling.merging import MaskWiseMerging, top_two_queries
+from kmax_d2.modeling.merging import MaskWiseMerging, count_values, count_without_waiting
+from kmax_d2.modeling.top_two import top_two_by_strips
 
 
 def same_partition(first, second):
@@ -264,29 +266,29 @@ def test_pixel_threshold_below_a_third_is_refused(threshold):
         MaskWiseMerging(IS_THING, pixel_threshold=threshold)
 
 
-# --- the two best queries ---
+# --- on a GPU ---
 
 
-@pytest.mark.parametrize(
-    ("small", "size", "crop"),
-    [
-        ((5, 7), (17, 25), None),
-        ((17, 25), (65, 97), (50, 80)),
-        ((9, 9), (9, 9), None),
-        ((6, 11), (40, 23), (40, 1)),
-        ((3, 3), (100, 70), (99, 70)),
-        ((2, 1), (33, 1), None),
-    ],
-)
-def test_top_two_queries(small, size, crop):
-    mask_logits = torch.randn(6, *small) * 3
-    top = top_two_queries(mask_logits, *placed(size, crop))
-    probability = plain_probability(mask_logits, size, crop)
-    best = probability.topk(2, dim=0)
-    torch.testing.assert_close(top.probability, best.values, rtol=1e-4, atol=1e-5)
-    # Where two queries are as good as each other, either may be named.
-    torch.testing.assert_close(probability.gather(0, top.query), best.values, rtol=1e-4, atol=1e-5)
-    assert (top.query[0] != top.query[1]).all()
-    clear = best.values[0] - best.values[1] > 1e-3
-    assert clear.float().mean() > 0.9
-    assert torch.equal(top.query[0][clear], best.indices[0][clear])
+def test_counts_without_waiting():
+    values = torch.randint(0, 30, (2, 41, 53)).clamp_min(3)
+    expected = torch.bincount(values.flatten(), minlength=35)
+    assert expected[:3].sum() == 0 and expected[3] > 300
+    assert torch.equal(count_values(values, 35), expected)
+    assert torch.equal(count_without_waiting(values, 35), expected)
+
+
+def test_nothing_waits_for_a_gpu_but_the_one_transfer():
+    """A fake tensor has a device and no values, so whatever asks for one fails."""
+    merging = MaskWiseMerging(IS_THING)
+    with FakeTensorMode():
+        mask_logits = torch.empty(6, 9, 11, device="cuda")
+        with pytest.raises(DynamicOutputShapeException):
+            mask_logits.nonzero()
+        assert merging._mask_score(mask_logits).shape == (6,)
+        top_two = top_two_by_strips(mask_logits, (33, 41), (1.0, 1.0))
+        masks, area, overlap = merging._masks(top_two, 6)
+        assert area.shape == (6,) and overlap.shape == (6, 6)
+        maps = merging._paint(masks, torch.zeros(3, 7, dtype=torch.int64, device="cuda"))
+        for found in (*top_two, masks, area, overlap, *maps):
+            assert found.is_cuda
+        assert [found.shape for found in maps] == [(33, 41)] * 2

@@ -13,8 +13,9 @@ from kmax_d2.data.datasets import shapes
 from kmax_d2.engine import load_config
 from kmax_d2.errors import UserError
 from kmax_d2.modeling.kmax_deeplab import KMaXDeepLab
-from kmax_d2.modeling.merging import MaskWiseMerging, marginal_classes
+from kmax_d2.modeling.merging import MaskWiseMerging
 from kmax_d2.modeling.postprocess import panoptic_instances, query_classes, query_instances
+from kmax_d2.modeling.top_two import marginal_classes
 
 QUICKSTART = Path(__file__).parents[1] / "kmax_d2" / "assets" / "quickstart.pth"
 IS_THING = torch.tensor([True, False, True, False])

@@ -15,12 +15,13 @@ from .criterion import Criterion, make_targets
 from .cross_attention import CROSS_ATTENTION_REGISTRY
 from .early_gradient import early_gradient
 from .kmax_decoder import TRANSFORMER_DECODER_REGISTRY
-from .merging import MaskWiseMerging, marginal_classes
+from .merging import MaskWiseMerging
 from .pixel_decoder import PIXEL_DECODER_REGISTRY
 from .postprocess import panoptic_instances, panoptic_result, query_classes, query_instances, semantic_result
 from .predictor import Prediction
 from .recompute import recompute_blocks
 from .semantic_head import SEMANTIC_HEAD_REGISTRY
+from .top_two import marginal_classes
 
 STRIDE = 32  # the coarsest map's; sides are padded to 32k + 1
 
@@ -48,7 +49,7 @@ class KMaXDeepLab(nn.Module):
         merge_at_crop: merge on the padded image and resize ids; else resize logits to the original size and merge.
         outputs: which of "panoptic", "semantic" and "instance" to give.
         semantic: "query" or "marginal", :func:`~kmax_d2.modeling.postprocess.query_classes` or
-            :func:`~kmax_d2.modeling.merging.marginal_classes`.
+            :func:`~kmax_d2.modeling.top_two.marginal_classes`.
         instance: "query" or "panoptic", :func:`~kmax_d2.modeling.postprocess.query_instances` or
             :func:`~kmax_d2.modeling.postprocess.panoptic_instances`.
         max_instances: instances kept for each image.

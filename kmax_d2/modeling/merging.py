@@ -7,25 +7,13 @@ whether a mask is pasted follows from an N × N table of overlaps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-# A strip that stays in a processor's cache; a GPU wants few large ones.
-LOGITS_AT_ONCE = {"cpu": 2**19, "cuda": 2**26}
-
-
-class TopTwo(NamedTuple):
-    """The two best queries of each pixel.
-
-    Attributes:
-        query: (2, H, W) int64 indices, best first.
-        probability: (2, H, W), softmax over all queries.
-    """
-
-    query: torch.Tensor
-    probability: torch.Tensor
+from .top_two import TopTwo, top_two_queries
 
 
 class Segmentation(NamedTuple):
@@ -50,79 +38,25 @@ class Segmentation(NamedTuple):
     top_two: TopTwo
 
 
-def _interpolation(
-    positions: int, pixels: int, extent: float, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For each pixel along one axis of a resized map the two positions that it lies between, and how far."""
-    last = positions - 1
-    place = torch.arange(pixels, device=device) * (last * extent / max(pixels - 1, 1))
-    before = place.long().clamp_max(last)
-    return before, (before + 1).clamp_max(last), place - before
+def count_values(values: torch.Tensor, number: int) -> torch.Tensor:
+    """(number,) how often each of 0, 1, ..., number − 1 is among int64 values, which hold no others."""
+    return count_without_waiting(values, number) if values.is_cuda else values.flatten().bincount(minlength=number)
 
 
-def _upsampled(mask_logits: torch.Tensor, size: tuple[int, int], extent: tuple[float, float]) -> Iterator[torch.Tensor]:
-    """The logits (N, h, w) upsampled bilinearly (aligned corners) to `size`, as strips (rows, W, N) from the top down.
+def count_without_waiting(values: torch.Tensor, number: int, copies: int = 256) -> torch.Tensor:
+    """:func:`count_values` for a GPU, where `bincount` would wait for the largest value.
 
-    The (N, H, W) logits are never whole in memory.
+    Neighbors are counted in different copies of the bins, as additions to one bin take turns.
     """
-    logits = mask_logits.float().permute(1, 2, 0).contiguous()
-    height, width, queries = logits.shape
-    device = logits.device
-    above, below, down = _interpolation(height, size[0], extent[0], device)
-    factor, rest = divmod(size[1] - 1, max(width - 1, 1))
-    regular = rest == 0 and width > 1 and extent[1] == 1
-    if regular:  # every position has the same pixels after it, and nothing is to be gathered
-        steps = torch.arange(factor, device=device)[:, None] / factor
-        logits = torch.cat([logits, logits[:, -1:]], dim=1)
-    else:
-        left, right, across = _interpolation(width, size[1], extent[1], device)
-    rows = max(1, LOGITS_AT_ONCE.get(device.type, LOGITS_AT_ONCE["cuda"]) // (size[1] * queries))
-    for start in range(0, size[0], rows):
-        part = slice(start, start + rows)
-        strip = torch.lerp(logits[above[part]], logits[below[part]], down[part, None, None])
-        if regular:
-            yield torch.lerp(strip[:, :-1, None], strip[:, 1:, None], steps).flatten(1, 2)[:, : size[1]]
-        else:
-            yield torch.lerp(strip[:, left], strip[:, right], across[:, None])
+    copy = torch.arange(values.numel(), device=values.device) % copies
+    counts = torch.zeros(number * copies, dtype=torch.int32, device=values.device)
+    one = counts.new_ones(1).expand(values.numel())
+    return counts.scatter_add_(0, values.flatten() * copies + copy, one).view(number, copies).sum(1)
 
 
-def top_two_queries(
-    mask_logits: torch.Tensor, size: tuple[int, int], extent: tuple[float, float] = (1.0, 1.0)
-) -> TopTwo:
-    """Upsamples logits bilinearly (aligned corners) and keeps each pixel's two best queries.
-
-    Args:
-        mask_logits: (N, h, w) with N ≥ 2.
-        size: (H, W) to upsample to.
-        extent: the share of the map's height and width that the pixels span; less than 1 leaves padding out.
-    """
-    queries, probabilities = [], []
-    for strip in _upsampled(mask_logits, size, extent):
-        best, first = strip.max(-1)
-        strip = (strip - best[..., None]).exp_()
-        partition = strip.sum(-1)
-        runner_up, second = strip.scatter_(-1, first[..., None], -1.0).max(-1)
-        queries.append(torch.stack([first, second]))
-        probabilities.append(torch.stack([1 / partition, runner_up / partition]))
-    return TopTwo(torch.cat(queries, 1), torch.cat(probabilities, 1))
-
-
-def marginal_classes(
-    class_logits: torch.Tensor,
-    mask_logits: torch.Tensor,
-    size: tuple[int, int],
-    extent: tuple[float, float] = (1.0, 1.0),
-) -> torch.Tensor:
-    """(H, W) int64, the class with the largest sum over the queries of class probability times mask probability.
-
-    Arguments as for :class:`MaskWiseMerging`.
-    """
-    classes = class_logits.float().softmax(1)[:, :-1]
-    # Dividing by the sum over queries would not change which class is the largest.
-    strips = (
-        (strip - strip.amax(-1, keepdim=True)).exp_() @ classes for strip in _upsampled(mask_logits, size, extent)
-    )
-    return torch.cat([strip.argmax(-1) for strip in strips])
+def look_up(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """table[index] of a table with one axis; faster on a CPU."""
+    return table.index_select(0, index.flatten()).view(index.shape)
 
 
 class MaskWiseMerging:
@@ -180,76 +114,83 @@ class MaskWiseMerging:
             extent: the share of the mask logits' height and width that it spans.
         """
         class_logits, mask_logits = class_logits.detach(), mask_logits.detach()
-        num_queries = class_logits.shape[0]
+        top_two = top_two_queries(mask_logits, size, extent)
         confidence, query_class = class_logits.float().softmax(1)[:, :-1].max(1)
         mask_score = self._mask_score(mask_logits)
         order = torch.argsort(confidence**self.class_power * mask_score**self.mask_power, descending=True, stable=True)
-        top_two = top_two_queries(mask_logits, size, extent)
-        above = top_two.probability > self.pixel_threshold
-        first, second = top_two.query
-        # Masks meet only where the runner-up is above the threshold, and there the best is too.
-        area = torch.bincount(first[above[0]], minlength=num_queries)
-        pairs = torch.bincount((first * num_queries + second)[above[1]], minlength=num_queries**2)
-        overlap = pairs.view(num_queries, num_queries)
-        overlap = overlap + overlap.T
-        area = area + torch.bincount(second[above[1]], minlength=num_queries)
+        masks, *counts = self._masks(top_two, len(class_logits))
 
         # The one transfer to the host: a few numbers for each query.
-        table = torch.cat([t.double().flatten() for t in (order, query_class, confidence, area, overlap)]).cpu()
-        segments, segment_of_query = self._paste(table, num_queries)
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(num_queries, device=order.device)
-        lookup = segment_of_query.to(order.device)
+        numbers = torch.cat([t.double().flatten() for t in (order, query_class, confidence, *counts)]).cpu()
+        segments, tables = self._paste(numbers, len(class_logits))
+        # Memory that is not pinned has been read when the call returns, so there is nothing to wait for.
+        segment_ids, pasted_query = self._paint(masks, tables.to(masks.device, non_blocking=True))
+        return Segmentation(
+            segment_ids, segments, pasted_query, query_class, confidence, confidence * mask_score, top_two
+        )
 
-        ids = lookup[top_two.query] * above
-        second_wins = (ids[1] > 0) & ((ids[0] == 0) | (rank[second] < rank[first]))
-        keep = torch.zeros(len(segments) + 1, dtype=torch.int32)
-        kept = []
-        for segment in segments:
-            limit = self.thing_area_limit if segment["isthing"] else self.stuff_area_limit
-            if segment["area"] >= limit:
-                kept.append(segment | {"id": len(kept) + 1})
-                keep[segment["id"]] = len(kept)
-        winner = torch.where(second_wins, ids[1], ids[0])
-        pasted_query = torch.where(second_wins, second, first).where(winner > 0, -1)
-        segment_ids = keep.to(order.device)[winner]
-        return Segmentation(segment_ids, kept, pasted_query, query_class, confidence, confidence * mask_score, top_two)
+    def _masks(self, top_two: TopTwo, num_queries: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Which masks are at each pixel, (2, H, W) queries or N for none, (N,) areas and (N, N) overlaps."""
+        masks = top_two.query.masked_fill(~(top_two.probability > self.pixel_threshold), num_queries)
+        bins = num_queries + 1
+        area = count_values(masks, bins)[:-1]
+        # Masks meet only where the runner-up is above the threshold, and there the best is too.
+        pairs = count_values(masks[0] * bins + masks[1], bins**2).view(bins, bins)[:-1, :-1]
+        return masks, area, pairs + pairs.T
+
+    @staticmethod
+    def _paint(masks: torch.Tensor, tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(H, W) segment ids and pasted queries of the masks at each pixel, by the tables of :meth:`_paste`."""
+        rank_of_query, query_of_rank, id_of_rank = tables
+        winner = torch.minimum(*look_up(rank_of_query, masks))
+        return look_up(id_of_rank.int(), winner), look_up(query_of_rank, winner)
 
     def _mask_score(self, mask_logits: torch.Tensor) -> torch.Tensor:
         """(N,) mean probability where it is above the threshold, on the map as predicted; 0 if nowhere."""
         probability = mask_logits.float().flatten(1).softmax(0)
-        probability = probability * (probability > self.pixel_threshold)
-        return probability.sum(1) / (probability > 0).sum(1).clamp_min(1)
+        probability = torch.nn.functional.threshold(probability, self.pixel_threshold, 0.0, inplace=True)
+        return probability.sum(1) / probability.sign().sum(1).clamp_min(1)
 
-    def _paste(self, table: torch.Tensor, num_queries: int) -> tuple[list[dict], torch.Tensor]:
-        """Decides which masks are pasted; gives the segments and the (N,) segment of each query, 0 for none."""
-        order, query_class, confidence, area, overlap = table.split([num_queries] * 4 + [num_queries**2])
-        overlap = overlap.view(num_queries, num_queries)
+    def _paste(self, numbers: torch.Tensor, num_queries: int) -> tuple[list[dict], torch.Tensor]:
+        """Decides which masks are pasted, from order, class, confidence, area and overlaps of the queries.
+
+        Returns:
+            segments: those that are not below the area limits.
+            tables: (3, N + 1) int64. The rank of each query, N where it is not pasted; of each rank the query, -1 where
+                it is not pasted, and the segment's id, 0 for none. The last entry is for no query.
+        """
+        order, query_class, confidence, area, overlap = numbers.split([num_queries] * 4 + [num_queries**2])
         is_thing = self.is_thing[query_class.long()]
         threshold = torch.where(is_thing, self.thing_threshold, self.stuff_threshold)
         candidates = (confidence >= threshold) & (area > 0)
-        segments: list[dict] = []
+        order, category = order.long().tolist(), query_class.long().tolist()
+        candidates, is_thing, area = candidates.tolist(), is_thing.tolist(), area.tolist()
+        overlap = overlap.view(num_queries, num_queries).numpy()
+        covered = np.zeros(num_queries)
+        pasted: list[tuple[int, int, dict]] = []
         stuff: dict[int, dict] = {}
-        segment_of_query = torch.zeros(num_queries, dtype=torch.int64)
-        covered = torch.zeros(num_queries, dtype=torch.float64)
-        for query in order.long()[candidates[order.long()]].tolist():
+        for rank, query in enumerate(order):
             free = area[query] - covered[query]
-            if free <= self.overlap_threshold * area[query]:
+            if not candidates[query] or free <= self.overlap_threshold * area[query]:
                 continue
             covered += overlap[query]
-            category = int(query_class[query])
-            segment = stuff.get(category)
-            if segment is None:
-                segment = {
-                    "id": len(segments) + 1,
-                    "category_id": category,
-                    "isthing": bool(is_thing[query]),
-                    "area": 0,
-                    "score": float(confidence[query]),
-                }
-                segments.append(segment)
-                if not segment["isthing"]:
-                    stuff[category] = segment
+            new = {
+                "category_id": category[query],
+                "isthing": is_thing[query],
+                "area": 0,
+                "score": float(confidence[query]),
+            }
+            # Masks of one stuff class are one segment.
+            segment = new if is_thing[query] else stuff.setdefault(category[query], new)
             segment["area"] += int(free)
-            segment_of_query[query] = segment["id"]
-        return segments, segment_of_query
+            pasted.append((rank, query, segment))
+
+        segments: list[dict] = []
+        tables = np.array([[num_queries], [-1], [0]]).repeat(num_queries + 1, axis=1)
+        for rank, query, segment in pasted:
+            limit = self.thing_area_limit if segment["isthing"] else self.stuff_area_limit
+            if "id" not in segment and segment["area"] >= limit:
+                segment["id"] = len(segments) + 1
+                segments.append(segment)
+            tables[0, query], tables[1:, rank] = rank, (query, segment.get("id", 0))
+        return segments, torch.from_numpy(tables)

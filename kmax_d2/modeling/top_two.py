@@ -1,0 +1,137 @@
+"""The two best queries of each pixel, without the upsampled logits of all queries ever being whole in memory."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+# A strip takes a few steps, and stays in a core's own cache meanwhile; a GPU wants few large ones.
+LOGITS_PER_THREAD = 2**17
+LOGITS_ON_GPU = 2**26
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # it comes with PyTorch for GPUs on Linux
+
+
+class TopTwo(NamedTuple):
+    """The two best queries of each pixel.
+
+    Attributes:
+        query: (2, H, W) int64 indices, best first; of queries that are as good as each other the first.
+        probability: (2, H, W), softmax over all queries.
+    """
+
+    query: torch.Tensor
+    probability: torch.Tensor
+
+
+def spacing(positions: int, pixels: int, extent: float) -> float:
+    """How many positions of a map lie between two pixels of its resized version (aligned corners)."""
+    return (positions - 1) * extent / max(pixels - 1, 1)
+
+
+def _interpolation(
+    positions: int, pixels: int, extent: float, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """For each pixel along one axis of a resized map the two positions that it lies between, and how far."""
+    last = positions - 1
+    place = torch.arange(pixels, device=device) * spacing(positions, pixels, extent)
+    before = place.long().clamp_max(last)
+    return before, (before + 1).clamp_max(last), place - before
+
+
+def upsampled(mask_logits: torch.Tensor, size: tuple[int, int], extent: tuple[float, float]) -> Iterator[torch.Tensor]:
+    """The logits (N, h, w) upsampled bilinearly (aligned corners) to `size`, as strips (rows, W, N) from the top down.
+
+    Whoever takes a strip may change it.
+    """
+    logits = mask_logits.float().permute(1, 2, 0).contiguous()
+    height, width, queries = logits.shape
+    device = logits.device
+    above, below, down = _interpolation(height, size[0], extent[0], device)
+    factor, rest = divmod(size[1] - 1, max(width - 1, 1))
+    regular = rest == 0 and width > 1 and extent[1] == 1
+    if regular:  # every position has the same pixels after it, and nothing is to be gathered
+        steps = torch.arange(factor, device=device)[:, None] / factor
+        logits = torch.cat([logits, logits[:, -1:]], dim=1)
+    else:
+        left, right, across = _interpolation(width, size[1], extent[1], device)
+    at_once = LOGITS_ON_GPU if logits.is_cuda else LOGITS_PER_THREAD * torch.get_num_threads()
+    rows = max(1, at_once // (size[1] * queries))
+    for start in range(0, size[0], rows):
+        part = slice(start, start + rows)
+        strip = torch.lerp(
+            logits.index_select(0, above[part]), logits.index_select(0, below[part]), down[part, None, None]
+        )
+        if regular:
+            yield torch.lerp(strip[:, :-1, None], strip[:, 1:, None], steps).flatten(1, 2)[:, : size[1]]
+        else:
+            yield torch.lerp(strip.index_select(1, left), strip.index_select(1, right), across[:, None])
+
+
+def top_two_queries(
+    mask_logits: torch.Tensor, size: tuple[int, int], extent: tuple[float, float] = (1.0, 1.0)
+) -> TopTwo:
+    """Upsamples logits bilinearly (aligned corners) and keeps each pixel's two best queries.
+
+    Never waits for a GPU.
+
+    Args:
+        mask_logits: (N, h, w) with N ≥ 2.
+        size: (H, W) to upsample to.
+        extent: the share of the map's height and width that the pixels span; less than 1 leaves padding out.
+    """
+    if mask_logits.is_cuda and HAS_TRITON:
+        from .top_two_triton import top_two_in_one_kernel
+
+        return top_two_in_one_kernel(mask_logits, size, extent)
+    return top_two_by_strips(mask_logits, size, extent)
+
+
+def top_two_by_strips(mask_logits: torch.Tensor, size: tuple[int, int], extent: tuple[float, float]) -> TopTwo:
+    """:func:`top_two_queries` in PyTorch alone."""
+    num_queries, pixels, device = len(mask_logits), size[0] * size[1], mask_logits.device
+    # Of several the first is to be found, so it has the largest weight.
+    weight = torch.arange(num_queries, 0, -1, dtype=torch.float32, device=device)
+
+    def weight_of_zero(distance: torch.Tensor) -> torch.Tensor:
+        """(P,) weight of the first zero in each row of (P, N), none above zero; far faster than argmax on a CPU."""
+        # Any distance of float32 numbers, but of those next to zero, is then larger than all weights.
+        return torch.add(weight, distance, alpha=1e38).amax(1)
+
+    def index(weight: torch.Tensor) -> torch.Tensor:
+        # Not a number must not become an index out of range.
+        return (num_queries - weight).long().clamp_(0, num_queries - 1)
+
+    query = torch.empty(2, pixels, dtype=torch.int64, device=device)
+    partition, runner_up = torch.empty(2, pixels, device=device)
+    start = 0
+    for strip in upsampled(mask_logits, size, extent):
+        strip = strip.flatten(0, 1)
+        part = slice(start, start := start + len(strip))
+        strip -= strip.amax(1, keepdim=True)
+        first = query[0, part] = index(weight_of_zero(strip))
+        partition[part] = strip.exp_().sum(1)
+        best = runner_up[part] = strip.scatter_(1, first[:, None], -1.0).amax(1)
+        query[1, part] = index(weight_of_zero(strip.sub_(best[:, None])))
+    probability = torch.stack([partition.reciprocal(), runner_up / partition])
+    return TopTwo(query.view(2, *size), probability.view(2, *size))
+
+
+def marginal_classes(
+    class_logits: torch.Tensor,
+    mask_logits: torch.Tensor,
+    size: tuple[int, int],
+    extent: tuple[float, float] = (1.0, 1.0),
+) -> torch.Tensor:
+    """(H, W) int64, the class with the largest sum over the queries of class probability times mask probability.
+
+    Arguments as for :class:`~kmax_d2.modeling.merging.MaskWiseMerging`.
+    """
+    classes = class_logits.float().softmax(1)[:, :-1]
+    # Dividing by the sum over queries would not change which class is the largest.
+    strips = (
+        strip.sub_(strip.amax(-1, keepdim=True)).exp_() @ classes for strip in upsampled(mask_logits, size, extent)
+    )
+    return torch.cat([strip.argmax(-1) for strip in strips])
