@@ -29,6 +29,7 @@ from kmax_d2 import model_zoo
 from kmax_d2.checkpoint import load_weights
 from kmax_d2.checkpoint.download import download, is_address
 from kmax_d2.data.mapper import PanopticTestMapper, read_image
+from kmax_d2.engine.precision import inference_precision, require_precision
 from kmax_d2.engine.setup import choose_device, load_config, prepare_datasets
 from kmax_d2.errors import UserError, exit_on_user_error
 from kmax_d2.modeling.fold import fold_batch_norms
@@ -91,6 +92,7 @@ def setup(args: argparse.Namespace, default: str = DEFAULT_CONFIG) -> CfgNode:
     prepare_datasets(cfg)
     if not (cfg.DATASETS.TEST or cfg.DATASETS.TRAIN):
         raise UserError("no class names: name a dataset in DATASETS.TEST")
+    require_precision(cfg.MODEL.KMAX.TEST.PRECISION)
     choose_device(cfg)
     cfg.MODEL.KMAX.TEST.SEMANTIC_ON = cfg.MODEL.KMAX.TEST.INSTANCE_ON = False
     cfg.MODEL.KMAX.TEST.PANOPTIC_ON = True
@@ -203,14 +205,15 @@ def main(arguments: list[str] | None = None) -> None:
         except OSError as error:
             raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
         stems = name_outputs(files, folder, [".png", "_assignments.png"] if args.assignments else [".png"])
-        for file in tqdm(files, unit="image", disable=None):
-            try:
-                summary = segment_file(model, mapper, file, metadata, str(folder / stems[file]), args.assignments)
-            except UserError as error:
-                tqdm.write(f"error: {error}", file=sys.stderr)
-            else:
-                tqdm.write(summary)
-                written += 1
+        with inference_precision(cfg.MODEL.KMAX.TEST.PRECISION, cfg.MODEL.DEVICE):
+            for file in tqdm(files, unit="image", disable=None):
+                try:
+                    summary = segment_file(model, mapper, file, metadata, str(folder / stems[file]), args.assignments)
+                except UserError as error:
+                    tqdm.write(f"error: {error}", file=sys.stderr)
+                else:
+                    tqdm.write(summary)
+                    written += 1
     total = len(files) + len(problems)
     print(f"{written} of {total} images written to {args.output}")
     if written < total:

@@ -105,6 +105,7 @@ def add_kmax_config(cfg: CfgNode) -> None:
     test = kmax.TEST = CfgNode()
     test.PAD_TO_CROP = True  # pad test images to INPUT.CROP_SIZE, as officially; else to the next 32k + 1
     test.MERGE_AT_CROP = True  # merge on the padded crop, as officially; else at the original size, without area limits
+    test.PRECISION = "float32"  # or "tf32", "bfloat16"; of evaluation, demo and pseudo-labels
     test.PIXEL_THRESHOLD = 0.4
     test.THING_THRESHOLD = 0.7
     test.STUFF_THRESHOLD = 0.5

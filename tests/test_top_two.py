@@ -1,5 +1,6 @@
 """The two best queries of each pixel, against the softmax of all upsampled logits, and the same in a GPU kernel."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -9,8 +10,9 @@ import pytest
 import torch
 from test_merging import placed, plain_probability
 
-from kmax_d2.modeling.top_two import HAS_TRITON, top_two_queries
+from kmax_d2.modeling.top_two import top_two_queries
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="PyTorch comes without Triton on this platform")
 PLACES = [
     ((5, 7), (17, 25), None),

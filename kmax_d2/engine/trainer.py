@@ -14,7 +14,7 @@ from detectron2.data import DatasetFromList, build_detection_test_loader, build_
 from detectron2.engine import DefaultTrainer
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.engine.train_loop import TrainerBase
-from detectron2.evaluation import DatasetEvaluators
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
@@ -26,6 +26,7 @@ from ..data import MAPPER_REGISTRY, PanopticTestMapper, SkipBroken, WithPartner,
 from ..errors import HideUserErrors, UserError
 from ..evaluation import build_evaluator
 from .optimizer import build_lr_scheduler, build_optimizer
+from .precision import inference_precision, require_precision
 from .train_loop import TrainLoop
 
 
@@ -53,6 +54,7 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
+        require_precision(cfg.MODEL.KMAX.TEST.PRECISION)  # now, not at the first evaluation
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -115,3 +117,9 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
         folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
         return build_evaluator(cfg, dataset_name, folder)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Sequence[DatasetEvaluator] | None = None) -> dict:
+        """As Detectron2's, in the precision that MODEL.KMAX.TEST.PRECISION names."""
+        with inference_precision(cfg.MODEL.KMAX.TEST.PRECISION, cfg.MODEL.DEVICE):
+            return super().test(cfg, model, evaluators)

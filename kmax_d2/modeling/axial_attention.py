@@ -82,7 +82,9 @@ class AxialAttention1D(nn.Module):
             _by_position(q, self.query_positions[distance].transpose(1, 2)),
             _by_position(k, self.key_positions[distance.T].transpose(1, 2)).transpose(-1, -2),
         ]
-        attention = self._norm_and_sum(self.norm_logits, logits, channel_dims=1).softmax(dim=-1)
+        # Autocast would write float32 logits and attention, which the next product rounds again.
+        with torch.autocast(qkv.device.type, enabled=False):
+            attention = self._norm_and_sum(self.norm_logits, logits, channel_dims=1).softmax(dim=-1)
         retrieved = [attention @ v, _by_position(attention, self.value_positions[distance])]
         out = self._norm_and_sum(self.norm_values, [t.transpose(-1, -2) for t in retrieved], channel_dims=2)
         # Dropped only here: in training the batch norms above take their statistics over every position.
@@ -97,7 +99,7 @@ class AxialAttention1D(nn.Module):
             return normed.view_as(together).sum(1)
         # In inference that is an affine map, which needs no copy of them all.
         shape = kinds[0].shape[1 : 1 + channel_dims] + (1,) * (kinds[0].ndim - 1 - channel_dims)
-        gain, shift = (t.view(len(kinds), *shape) for t in affine_of(norm))
+        gain, shift = (t.view(len(kinds), *shape).to(kinds[0].dtype) for t in affine_of(norm))
         total = torch.addcmul(shift.sum(0), kinds[0], gain[0])
         for kind, own_gain in zip(kinds[1:], gain[1:], strict=True):
             total.addcmul_(kind, own_gain)

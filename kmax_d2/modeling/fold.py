@@ -9,6 +9,7 @@ from torch import nn
 
 from .axial_attention import AxialBlock
 from .bottleneck import Bottleneck
+from .kmeans import KMeansCrossAttention
 from .layers import ConvBN, LinearBN
 
 
@@ -25,7 +26,7 @@ def _in_place(act: nn.Module) -> nn.Module:
     return InPlaceGELU() if isinstance(act, nn.GELU) else act
 
 
-def fold_batch_norms(model: nn.Module) -> nn.Module:
+def fold_batch_norms(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A copy for inference, equal to float32 rounding, in which batch norms cost nothing and activations no memory.
 
     In inference a batch norm is an affine map of each channel, which the weights of the linear map before it can
@@ -33,6 +34,11 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
 
     The copy has other parameters than the model: load checkpoints into the model and fold then, again after each
     change of its weights. It cannot be trained.
+
+    Args:
+        model: of any kind.
+        dtype: of the weights of convolutions and linear maps. A type other than float32 is for running the copy under
+            autocast to that type, which would otherwise convert them for each batch.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for module in list(model.modules()):
@@ -45,4 +51,10 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
             for block in list(module)[1:]:
                 if isinstance(block, (Bottleneck, AxialBlock)):
                     block.act = _in_place(block.act)
+    if dtype != torch.float32:
+        # The update of the centers is in float32, also under autocast.
+        kept = {module.projection.linear for module in model.modules() if isinstance(module, KMeansCrossAttention)}
+        for module in model.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)) and module not in kept:
+                module.to(dtype)
     return model

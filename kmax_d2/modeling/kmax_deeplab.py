@@ -188,8 +188,10 @@ class KMaXDeepLab(nn.Module):
             groups.setdefault(self._test_size_of(image), []).append(index)
         for size, members in groups.items():
             prediction, _ = self._predict(self._batch([images[i] for i in members], size))
-            for row, index in enumerate(members):
-                results[index] = self._segment(prediction, row, images[index], batched_inputs[index], size)
+            # What follows the network is in float32, also under autocast.
+            with torch.autocast(self.device.type, enabled=False):
+                for row, index in enumerate(members):
+                    results[index] = self._segment(prediction, row, images[index], batched_inputs[index], size)
         return results
 
     @torch.no_grad()

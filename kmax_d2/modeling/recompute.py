@@ -39,7 +39,8 @@ def recompute(function: Callable, *inputs: torch.Tensor, modules: Sequence[nn.Mo
     # A compiler chooses by itself what to compute again.
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(*inputs)
-    norms = [part for module in modules for part in module.modules() if getattr(part, "num_batches_tracked", None) is not None]
+    parts = (part for module in modules for part in module.modules())
+    norms = [part for part in parts if getattr(part, "num_batches_tracked", None) is not None]
     return checkpoint(
         function,
         *inputs,
@@ -50,7 +51,7 @@ def recompute(function: Callable, *inputs: torch.Tensor, modules: Sequence[nn.Mo
 
 
 def recompute_blocks(model: nn.Module) -> None:
-    """Lets every residual block of a model keep nothing but its input, in place: much less memory for a third more time.
+    """Lets every residual block of a model keep nothing but its input, in place: less memory for more time.
 
     A block is a module with a `drop_path`, as timm names it.
     """

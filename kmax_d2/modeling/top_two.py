@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import functools
+import logging
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -11,7 +12,8 @@ import torch
 # A strip takes a few steps, and stays in a core's own cache meanwhile; a GPU wants few large ones.
 LOGITS_PER_THREAD = 2**17
 LOGITS_ON_GPU = 2**26
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # it comes with PyTorch for GPUs on Linux
+
+logger = logging.getLogger(__name__)
 
 
 class TopTwo(NamedTuple):
@@ -82,11 +84,25 @@ def top_two_queries(
         size: (H, W) to upsample to.
         extent: the share of the map's height and width that the pixels span; less than 1 leaves padding out.
     """
-    if mask_logits.is_cuda and HAS_TRITON:
+    if mask_logits.is_cuda and _kernel_runs(mask_logits.device):
         from .top_two_triton import top_two_in_one_kernel
 
         return top_two_in_one_kernel(mask_logits, size, extent)
     return top_two_by_strips(mask_logits, size, extent)
+
+
+@functools.cache
+def _kernel_runs(device: torch.device) -> bool:
+    """Whether Triton is there and can compile for this GPU, for which it needs a C compiler too."""
+    try:
+        from .top_two_triton import top_two_in_one_kernel
+
+        top_two_in_one_kernel(torch.zeros(2, 1, 1, device=device), (1, 1), (1.0, 1.0))
+    except Exception as error:  # of many kinds, from a missing compiler to an old GPU
+        reason = str(error).strip().partition("\n")[0]
+        logger.warning("Merging takes the slower way, for its Triton kernel does not run here: %s", reason)
+        return False
+    return True
 
 
 def top_two_by_strips(mask_logits: torch.Tensor, size: tuple[int, int], extent: tuple[float, float]) -> TopTwo:

@@ -56,6 +56,32 @@ def _num_parameters(modules: Iterable[nn.Module]) -> int:
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
+def prepare(cfg: CfgNode, size: tuple[int, int] | None, semantic_head: bool = False) -> tuple[CfgNode, int, int]:
+    """A copy of the config for a random model on the CPU, and the height and width of the network's input.
+
+    Args:
+        cfg: the config.
+        size: (height, width) of the network's input; None for the paper's.
+        semantic_head: keep the auxiliary head of the training, where the config has it.
+
+    Raises:
+        UserError: the config or the size makes no model's input.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    if not semantic_head:
+        cfg.MODEL.KMAX.LOSS.SEMANTIC_WEIGHT = 0.0
+    cfg.MODEL.KMAX.TIMM.PRETRAINED = False
+    choose_device(cfg)
+    if cfg.MODEL.KMAX.NUM_CLASSES == 0:
+        prepare_datasets(cfg)
+    height, width = size or paper_size(cfg)
+    if min(height, width) < 1:
+        raise UserError(f"an input of {height}×{width} pixels has no pixel")
+    return cfg, height, width
+
+
 def analyze(cfg: CfgNode, size: tuple[int, int] | None = None) -> dict:
     """Counts a config's model.
 
@@ -70,31 +96,27 @@ def analyze(cfg: CfgNode, size: tuple[int, int] | None = None) -> dict:
     Raises:
         UserError: the options make no model, or the model does not take this size.
     """
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.KMAX.LOSS.SEMANTIC_WEIGHT = 0.0  # no semantic head
-    cfg.MODEL.KMAX.TIMM.PRETRAINED = False
-    choose_device(cfg)
-    if cfg.MODEL.KMAX.NUM_CLASSES == 0:
-        prepare_datasets(cfg)
-    height, width = size or paper_size(cfg)
-    if min(height, width) < 1:
-        raise UserError(f"an input of {height}×{width} pixels has no pixel")
+    cfg, height, width = prepare(cfg, size)
     try:
         return {"size": [height, width], **_count(build_model(cfg).eval(), height, width)}
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def _count(model: nn.Module, height: int, width: int) -> dict:
+def parts_of(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """The modules of each part, as the paper names them; the final predictor's lie inside the kMaX decoders'."""
     decoder = model.transformer_decoder
-    parts = {
+    return {
         "backbone": [model.backbone],
         "pixel_decoder": [model.pixel_decoder],
         "kmax_decoders": [decoder],
         "final_predictor": [child for name, child in decoder.named_children() if name in FINAL_PREDICTOR],
     }
+
+
+def _count(model: nn.Module, height: int, width: int) -> dict:
+    decoder = model.transformer_decoder
+    parts = parts_of(model)
     params = {name: _num_parameters(modules) for name, modules in parts.items()}
     flops = Counter()
     counter = multiply_adds()

@@ -32,6 +32,7 @@ from ..data.panoptic_png import describe, read_annotation, write, written_whole
 from ..data.parallel import parallel_map
 from ..data.prepare import make_folder, write_json
 from ..engine import launch, load_config
+from ..engine.precision import inference_precision, require_precision
 from ..engine.setup import choose_device, prepare_datasets
 from ..errors import UserError, exit_on_user_error
 from ..modeling.fold import fold_batch_norms
@@ -82,6 +83,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     prepare_datasets(cfg)
     if not (cfg.DATASETS.TEST or cfg.DATASETS.TRAIN):
         raise UserError("no categories: name a dataset in DATASETS.TEST")
+    require_precision(cfg.MODEL.KMAX.TEST.PRECISION)
     cfg.MODEL.KMAX.TEST.SEMANTIC_ON = cfg.MODEL.KMAX.TEST.INSTANCE_ON = False
     cfg.MODEL.KMAX.TEST.PANOPTIC_ON = True
     return cfg
@@ -128,7 +130,7 @@ def label(args: argparse.Namespace, files: list[Path], folder: Path) -> None:
         if isinstance(inputs, UserError):
             tqdm.write(f"skipped: {inputs}")
             continue
-        with torch.no_grad():
+        with inference_precision(cfg.MODEL.KMAX.TEST.PRECISION, cfg.MODEL.DEVICE), torch.no_grad():
             ids, segments = model([inputs])[0]["panoptic_seg"]
         id_map, segments_info = annotation_of(ids, segments, categories)
         write(folder / f"{file.stem}.png", id_map, {"segments_info": segments_info})

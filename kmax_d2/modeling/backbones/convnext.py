@@ -47,6 +47,7 @@ class KMaXConvNeXt(Backbone):
         self.stem, self.stages = net.stem, net.stages
         for block in (block for stage in self.stages for block in stage.blocks):
             block.conv_dw = DepthwiseConv2d(block.conv_dw.in_channels, block.conv_dw.kernel_size[0], bias=True)
+            nn.init.zeros_(block.conv_dw.bias)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 truncated_normal_(module.weight, 0.02)  # timm truncates at 2, a hundred standard deviations

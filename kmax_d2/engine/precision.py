@@ -1,0 +1,48 @@
+"""The precision in which a model predicts: the products of its network in float32, TF32 or bfloat16."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from ..errors import UserError, did_you_mean
+
+PRECISIONS = ("float32", "tf32", "bfloat16")
+
+
+def require_precision(precision: str) -> None:
+    """Raises UserError for a name that is not in PRECISIONS."""
+    if precision not in PRECISIONS:
+        known = f"{', '.join(PRECISIONS[:-1])} and {PRECISIONS[-1]}"
+        raise UserError(
+            f"the precision of inference (MODEL.KMAX.TEST.PRECISION) is {precision}, but there are "
+            f"{known}{did_you_mean(str(precision), PRECISIONS)}"
+        )
+
+
+@contextlib.contextmanager
+def inference_precision(precision: str, device: str) -> Iterator[None]:
+    """Runs what is inside in one precision; afterwards PyTorch's settings are as before.
+
+    Args:
+        precision: "float32", every product in full float32, which PyTorch's own default for convolutions is not;
+            "tf32", products of float32 with 10 bits of mantissa on the tensor cores of a GPU, and float32 elsewhere;
+            "bfloat16", autocast.
+        device: where the model is, such as "cpu" or "cuda:0".
+
+    Raises:
+        UserError: there is no such precision.
+    """
+    require_precision(precision)
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = precision == "tf32"
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"):
+            yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
