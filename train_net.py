@@ -12,8 +12,8 @@ from detectron2.utils.logger import setup_logger
 
 from kmax_d2.checkpoint import KMaXCheckpointer
 from kmax_d2.engine import Trainer, argument_parser, launch, setup
+from kmax_d2.engine.inference import inference_model
 from kmax_d2.errors import UserError, exit_on_user_error
-from kmax_d2.modeling.fold import fold_batch_norms
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> dict:
         model = Trainer.build_model(cfg)
         checkpointer = KMaXCheckpointer(model, save_dir=cfg.OUTPUT_DIR, complete=True)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        results = Trainer.test(cfg, fold_batch_norms(model))
+        results = Trainer.test(cfg, inference_model(model, cfg))
         if comm.is_main_process():
             verify_results(cfg, results)
         return results

@@ -29,10 +29,10 @@ from kmax_d2 import model_zoo
 from kmax_d2.checkpoint import load_weights
 from kmax_d2.checkpoint.download import download, is_address
 from kmax_d2.data.mapper import PanopticTestMapper, read_image
-from kmax_d2.engine.precision import inference_precision, require_precision
+from kmax_d2.engine.inference import inference_model
+from kmax_d2.engine.precision import require_precision, use_precision
 from kmax_d2.engine.setup import choose_device, load_config, prepare_datasets
 from kmax_d2.errors import UserError, exit_on_user_error
-from kmax_d2.modeling.fold import fold_batch_norms
 from kmax_d2.visualization import draw_panoptic, result_page
 
 DEFAULT_CONFIG = "coco/r50"
@@ -106,7 +106,7 @@ def build_trained(cfg: CfgNode) -> nn.Module:
         download(cfg.MODEL.WEIGHTS)  # fails before the model is built
     model = build_model(cfg).eval()
     load_weights(model, cfg.MODEL.WEIGHTS)
-    return fold_batch_norms(model)
+    return inference_model(model, cfg)
 
 
 def load(args: argparse.Namespace) -> tuple[CfgNode, nn.Module]:
@@ -205,7 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
         except OSError as error:
             raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
         stems = name_outputs(files, folder, [".png", "_assignments.png"] if args.assignments else [".png"])
-        with inference_precision(cfg.MODEL.KMAX.TEST.PRECISION, cfg.MODEL.DEVICE):
+        with use_precision(cfg.MODEL.KMAX.TEST.PRECISION, cfg.MODEL.DEVICE):
             for file in tqdm(files, unit="image", disable=None):
                 try:
                     summary = segment_file(model, mapper, file, metadata, str(folder / stems[file]), args.assignments)

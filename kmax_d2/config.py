@@ -41,6 +41,9 @@ def add_kmax_config(cfg: CfgNode) -> None:
     kmax.NUM_CLASSES = 133  # without void; 0 takes it from the dataset, and own data always give theirs
     kmax.RECOMPUTE_BLOCKS = False  # in training keep only the inputs of all residual blocks: less memory, more time
     kmax.NORM = "SyncBN"  # batch norm of every part; on CPUs the matching one is taken
+    # torch.compile: "" for none, "default", or with CUDA graphs, for sizes that do not vary: "reduce-overhead" and
+    # "max-autotune".
+    kmax.COMPILE = ""
 
     kmax.RESNET = CfgNode()
     kmax.RESNET.BLOCKS = [3, 4, 6, 3]

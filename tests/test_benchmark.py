@@ -6,10 +6,20 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from kmax_d2.data.datasets import shapes
 from kmax_d2.errors import UserError
-from kmax_d2.tools.benchmark import Stopwatch, argument_parser, benchmark, made_up_prediction, peak_bytes, prepare
+from kmax_d2.tools.benchmark import (
+    Stopwatch,
+    _with_rest,
+    argument_parser,
+    benchmark,
+    made_up_prediction,
+    peak_bytes,
+    plot,
+    prepare,
+)
 
 
 def run(mode, *more):
@@ -19,10 +29,13 @@ def run(mode, *more):
     return {row.name: row for row in benchmark(prepare(args), args)}
 
 
+AXIAL = "pixel_decoder.axial_attention"
+
+
 @pytest.mark.parametrize(
     ("mode", "stages"),
     [
-        ("inference", {"backbone", "pixel_decoder", "kmax_decoders", "final_predictor", "merging"}),
+        ("inference", {"backbone", "pixel_decoder", "kmax_decoders", "final_predictor", "merging", AXIAL}),
         ("training", {"backbone", "pixel_decoder", "kmax_decoders", "semantic_head", "losses", "backward"}),
         ("merging", set()),
     ],
@@ -33,10 +46,11 @@ def test_rows(mode, stages):
     for row in rows.values():
         assert row.seconds > 0
         assert row.ratio == pytest.approx(row.seconds / rows["ResNet-50 body"].seconds)
-    parts = sum(rows[name].seconds for name in stages)
+    parts = sum(rows[name].seconds for name in stages - {AXIAL})
     assert parts <= 1.3 * rows["total"].seconds
     if mode == "inference":
         assert parts == pytest.approx(rows["total"].seconds, rel=0.3)
+        assert rows[AXIAL].seconds < rows["pixel_decoder"].seconds
 
 
 def test_mapper_against_detectron2s():
@@ -101,6 +115,44 @@ def test_json():
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     rows = json.loads(done.stdout)
     assert set(rows[0]) == {"name", "seconds", "spread", "yardstick_seconds", "ratio", "peak_bytes"}
+
+
+def test_stages_add_up():
+    """Exactly; a stage within another one, which its name tells, counts once."""
+    seconds = {"backbone": 3.0, "backbone.axial_attention": 1.0, "pixel_decoder": 2.0, AXIAL: 0.5}
+    seconds |= {"transformer_decoder": 1.5, "final_predictor": 0.25, "total": 7.0, "ResNet-50 body": 2.0}
+    parts = _with_rest(seconds, "inference")
+    assert parts["kmax_decoders"] == 1.25
+    assert parts["merging"] == 0.5
+    stages = {name: value for name, value in parts.items() if name not in ("total", "ResNet-50 body")}
+    assert sum(value for name, value in stages.items() if "." not in name) == parts["total"]
+
+
+@pytest.mark.parametrize(
+    ("words", "mode"), [([], ""), (["--compile"], "default"), (["--compile", "max-autotune"], "max-autotune")]
+)
+def test_compile(words, mode):
+    line = ["inference", "--config-file", "shapes/quickstart", "--device", "cpu", *words]
+    option = prepare(argument_parser().parse_intermixed_args(line)).MODEL.KMAX.COMPILE
+    assert option == mode
+
+
+def test_plot(tmp_path, capsys):
+    """Every point is told of as it is measured, and the picture has its panels."""
+    line = ["inference", "--config-file", "shapes/quickstart", "--device", "cpu", "--threads", "1", "--repeats", "1"]
+    line += ["--size", "33", "33", "--sides", "33", "65", "--queries", "4", "8", "16", "--no-memory"]
+    args = argument_parser().parse_intermixed_args([*line, "--plot", str(tmp_path / "growth.png")])
+    plot(prepare(args), args)
+    told = capsys.readouterr().err.splitlines()
+    assert [text.partition(":")[0] for text in told] == [
+        "sides 33, 1 of 2",
+        "sides 65, 2 of 2",
+        "queries 4, 1 of 3",
+        "queries 8, 2 of 3",
+        "queries 16, 3 of 3",
+    ]
+    with Image.open(args.plot) as picture:
+        assert picture.width > 2 * picture.height  # three panels beside each other
 
 
 def test_no_threads_at_all():

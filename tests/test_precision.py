@@ -16,7 +16,7 @@ from torch import nn
 import kmax_d2
 from kmax_d2.data.datasets import shapes
 from kmax_d2.engine import Trainer, load_config
-from kmax_d2.engine.precision import inference_precision
+from kmax_d2.engine.precision import use_precision
 from kmax_d2.errors import UserError
 from kmax_d2.modeling.fold import fold_batch_norms
 from kmax_d2.tools import compare_precision, pseudo_label
@@ -54,10 +54,10 @@ def state():
     ],
 )
 def test_switches_are_set_inside_and_as_before_afterwards(precision, inside, allowed_before):
-    with inference_precision(precision, "cpu"):
+    with use_precision(precision, "cpu"):
         assert state() == inside
     assert state() == (*allowed_before, torch.float32)
-    with pytest.raises(KeyError), inference_precision(precision, "cpu"):
+    with pytest.raises(KeyError), use_precision(precision, "cpu"):
         raise KeyError
     assert state() == (*allowed_before, torch.float32)
 
@@ -71,7 +71,7 @@ def small_model():
 
 def predicted(model, precision):
     image = torch.arange(3 * 65 * 97).view(1, 3, 65, 97) % 251
-    with inference_precision(precision, "cpu"):
+    with use_precision(precision, "cpu"):
         return model.predict(image)
 
 
@@ -89,7 +89,7 @@ def test_merging_stays_in_float32(small_model):
     prediction = predicted(small_model, "float32")
     logits = prediction["class_logits"][0], prediction["mask_logits"][0]
     expected = small_model.merging(*logits, (65, 97))
-    with inference_precision("bfloat16", "cpu"):
+    with use_precision("bfloat16", "cpu"):
         merged = small_model.merging(*logits, (65, 97))
     assert torch.equal(merged.top_two.probability, expected.top_two.probability)
     assert torch.equal(merged.segment_ids, expected.segment_ids)

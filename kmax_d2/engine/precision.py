@@ -23,7 +23,7 @@ def require_precision(precision: str) -> None:
 
 
 @contextlib.contextmanager
-def inference_precision(precision: str, device: str) -> Iterator[None]:
+def use_precision(precision: str, device: str) -> Iterator[None]:
     """Runs what is inside in one precision; afterwards PyTorch's settings are as before.
 
     Args:

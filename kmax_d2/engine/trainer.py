@@ -25,8 +25,9 @@ from ..checkpoint.download import is_address
 from ..data import MAPPER_REGISTRY, PanopticTestMapper, SkipBroken, WithPartner, skip_samples, training_records
 from ..errors import HideUserErrors, UserError
 from ..evaluation import build_evaluator
+from ..modeling.compile import compile_model
 from .optimizer import build_lr_scheduler, build_optimizer
-from .precision import inference_precision, require_precision
+from .precision import require_precision, use_precision
 from .train_loop import TrainLoop
 
 
@@ -56,7 +57,7 @@ class Trainer(DefaultTrainer):
             setup_logger()
         require_precision(cfg.MODEL.KMAX.TEST.PRECISION)  # now, not at the first evaluation
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
-        model = self.build_model(cfg)
+        model = compile_model(self.build_model(cfg), cfg.MODEL.KMAX.COMPILE)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
@@ -121,5 +122,5 @@ class Trainer(DefaultTrainer):
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Sequence[DatasetEvaluator] | None = None) -> dict:
         """As Detectron2's, in the precision that MODEL.KMAX.TEST.PRECISION names."""
-        with inference_precision(cfg.MODEL.KMAX.TEST.PRECISION, cfg.MODEL.DEVICE):
+        with use_precision(cfg.MODEL.KMAX.TEST.PRECISION, cfg.MODEL.DEVICE):
             return super().test(cfg, model, evaluators)

@@ -1,9 +1,11 @@
 """Time and memory of a model beside a plain ResNet-50 body that is measured in the same run.
 
 `python -m kmax_d2.tools.benchmark {inference,training,merging,mapper} --config-file coco/r50 --size 641 641
-[--batch-size 1] [--device cpu] [--precision float32] [--threads 2] [--compile] [--json] [--plot FILE] [NAME VALUE ...]`
+[--batch-size 1] [--device cpu] [--precision float32] [--threads 2] [--compile [MODE]] [--json] [--plot FILE]
+[NAME VALUE ...]`
 
-- `inference`: from uint8 images to panoptic results, merging included, with batch norms folded.
+- `inference`: from uint8 images to panoptic results, merging included, with batch norms folded. The axial attention's
+  time is within that of its part and has a row of its own as well.
 - `training`: one step without the optimizer: forward, losses and backward.
 - `merging`: from mask and class logits to panoptic results.
 - `mapper`: one training sample, from files to tensors. Its yardstick is a plain mapper of Detectron2's parts: an image
@@ -17,6 +19,10 @@ it has only imported everything; on a GPU it is what PyTorch allocated.
 
 Weights and images are random, on which time does not depend, but for merging. A random model calls everything void, so
 merging gets random predictions that look like a trained model's: a dozen confident masks, all other queries void.
+
+`--plot` draws how inference grows with the image's side and with the number of queries. Everything grows with the
+number of pixels but the axial attention, where each pixel sees its row and its column; so there is a panel of the
+seconds per megapixel, with and without it.
 """
 
 from __future__ import annotations
@@ -26,8 +32,10 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import multiprocessing
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -47,13 +55,16 @@ from torch import nn
 
 from ..data import MAPPER_REGISTRY, WithPartner, training_records
 from ..engine import load_config
+from ..engine.inference import inference_model
+from ..engine.precision import PRECISIONS, use_precision
 from ..engine.setup import choose_device, prepare_datasets
 from ..errors import UserError, exit_on_user_error
-from ..modeling.fold import fold_batch_norms
+from ..modeling.axial_attention import AxialAttention1D
+from ..modeling.compile import MODES as COMPILE_MODES
+from ..modeling.compile import compile_model
 from ..modeling.predictor import Prediction
 
 MODES = ("inference", "training", "merging", "mapper")
-PRECISIONS = ("float32", "tf32", "bfloat16")
 SEGMENTS = 12  # masks of a made-up prediction or ground truth
 SIDES = (321, 481, 641, 961, 1281, 1601, 2049)
 QUERIES = (50, 100, 150, 200, 250, 300)
@@ -110,14 +121,6 @@ class Stopwatch:
         return seconds
 
 
-@contextlib.contextmanager
-def numbers(precision: str, device: str) -> Iterator[None]:
-    """Runs what is inside in one of PRECISIONS."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"):
-        yield
-
-
 def made_up_segments(size: tuple[int, int], num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
     """An id map (H, W) of bands and columns, and the class of each of its segments."""
     rows = torch.arange(size[0])[:, None] * 3 // size[0]
@@ -148,7 +151,7 @@ def build_yardstick(cfg: CfgNode, args: argparse.Namespace, watch: Stopwatch) ->
     x = torch.randn(args.batch_size, 3, *args.size, device=args.device)
 
     def run() -> None:
-        with numbers("float32", args.device), torch.inference_mode(not training):
+        with use_precision("float32", args.device), torch.inference_mode(not training):
             out = body(x)
             if training:
                 body.zero_grad()
@@ -157,19 +160,40 @@ def build_yardstick(cfg: CfgNode, args: argparse.Namespace, watch: Stopwatch) ->
     return run
 
 
-def _time_parts(model: nn.Module, names: Sequence[str], args: argparse.Namespace, watch: Stopwatch) -> None:
-    """Makes parts of the model stages of the watch, compiled where asked for."""
-    for name in names:
-        part = model.get_submodule(name)
-        part.forward = watch.timed(name, torch.compile(part.forward) if args.compile else part.forward)
+class Timed(nn.Module):
+    """A part of the model, compiled or not, as a stage of a watch."""
+
+    def __init__(self, part: nn.Module, stage: str, watch: Stopwatch):
+        super().__init__()
+        self.part, self.stage, self.watch = part, stage, watch
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.part, name)
+
+    def forward(self, *args, **kwargs) -> object:
+        with self.watch.stage(self.stage):
+            return self.part(*args, **kwargs)
+
+
+def _time_parts(model: nn.Module, stages: dict[str, str], watch: Stopwatch) -> None:
+    """Makes parts of the model, inner ones first, stages of the watch by these names."""
+    for name, stage in stages.items():
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, Timed(model.get_submodule(name), stage, watch))
 
 
 def build_inference(cfg: CfgNode, args: argparse.Namespace, watch: Stopwatch) -> Callable[[], object]:
     """One repetition: a batch of images to panoptic results."""
-    model = fold_batch_norms(build_model(cfg).eval())
-    parts = ["backbone", "pixel_decoder", "transformer_decoder"]
-    # Inside a compiled part there is nothing to time.
-    _time_parts(model, parts if args.compile else [*parts, "transformer_decoder.predictor"], args, watch)
+    model = inference_model(build_model(cfg).eval(), cfg)
+    stages = {name: name for name in ("backbone", "pixel_decoder", "transformer_decoder")}
+    if not cfg.MODEL.KMAX.COMPILE:  # inside a compiled part there is nothing to time
+        attentions = [name for name, module in model.named_modules() if isinstance(module, AxialAttention1D)]
+        inner = {name: f"{name.partition('.')[0]}.axial_attention" for name in attentions}
+        stages = inner | {"transformer_decoder.predictor": "final_predictor"} | stages
+    _time_parts(model, stages, watch)
     network = model.transformer_decoder.forward
 
     def with_made_up_masks(*inputs) -> tuple[Prediction, list[Prediction]]:
@@ -181,7 +205,7 @@ def build_inference(cfg: CfgNode, args: argparse.Namespace, watch: Stopwatch) ->
     inputs = [{"image": torch.randint(0, 256, (3, *args.size), dtype=torch.uint8)} for _ in range(args.batch_size)]
 
     def run() -> None:
-        with numbers(args.precision, args.device), torch.inference_mode():
+        with use_precision(args.precision, args.device), torch.inference_mode():
             model(inputs)
 
     return run
@@ -189,9 +213,9 @@ def build_inference(cfg: CfgNode, args: argparse.Namespace, watch: Stopwatch) ->
 
 def build_training(cfg: CfgNode, args: argparse.Namespace, watch: Stopwatch) -> Callable[[], object]:
     """One repetition: a training step without the optimizer."""
-    model = build_model(cfg).train()
+    model = compile_model(build_model(cfg).train(), cfg.MODEL.KMAX.COMPILE)
     parts = ["backbone", "pixel_decoder", "transformer_decoder", "semantic_head", "criterion"]
-    _time_parts(model, [name for name in parts if getattr(model, name) is not None], args, watch)
+    _time_parts(model, {name: name for name in parts if getattr(model, name) is not None}, watch)
     ids, classes = made_up_segments(args.size, cfg.MODEL.KMAX.NUM_CLASSES)
     inputs = [
         {
@@ -204,7 +228,7 @@ def build_training(cfg: CfgNode, args: argparse.Namespace, watch: Stopwatch) -> 
 
     def run() -> None:
         model.zero_grad()
-        with numbers(args.precision, args.device):
+        with use_precision(args.precision, args.device):
             loss = sum(model(inputs).values())
         with watch.stage("backward"):
             loss.backward()
@@ -326,19 +350,52 @@ def benchmark(cfg: CfgNode, args: argparse.Namespace) -> list[Row]:
 
 
 def _with_rest(seconds: dict[str, float], mode: str) -> dict[str, float]:
-    """Names the parts as the paper does, and what no part of the model has taken."""
+    """Names the parts as the paper does, and what no part of the model has taken.
+
+    The stages add up to the total, but for those with a dot, which are within others.
+    """
     seconds = dict(seconds)
     total = seconds.pop("total")
-    predictor = seconds.pop("transformer_decoder.predictor", 0.0)
     names = {"transformer_decoder": "kmax_decoders", "criterion": "losses"}
     parts = {names.get(name, name): value for name, value in seconds.items()}
     if mode == "inference":
-        if predictor:
-            parts["kmax_decoders"] -= predictor
-            parts["final_predictor"] = predictor
+        if "final_predictor" in parts:
+            parts["kmax_decoders"] -= parts["final_predictor"]
         stages = ("backbone", "pixel_decoder", "kmax_decoders", "final_predictor")
         parts["merging"] = total - sum(parts.get(name, 0.0) for name in stages)
     return parts | {"total": total}
+
+
+def _measure(cfg: CfgNode, args: argparse.Namespace, axis: str) -> list[dict[str, Row]]:
+    """The rows by name for each of the sides or of the numbers of queries; tells of each on the error stream."""
+    results = []
+    values = getattr(args, axis)
+    for number, value in enumerate(values, start=1):
+        own, own_args = cfg.clone(), argparse.Namespace(**vars(args))
+        own.defrost()
+        if axis == "sides":
+            own_args.size = [value, value]
+        else:
+            own.MODEL.KMAX.TRANSFORMER_DECODER.NUM_QUERIES = value
+        results.append({row.name: row for row in benchmark(own, own_args)})
+        told = f"{axis} {value}, {number} of {len(values)}: {results[-1]['total'].seconds:.4g} s"
+        print(told, file=sys.stderr, flush=True)
+    return results
+
+
+def _lines(results: list[dict[str, Row]]) -> dict[str, list[float]]:
+    """Seconds by the name of a line: total, yardstick and, where it was timed, the axial attention of all parts."""
+    lines = {name: [rows[name].seconds for rows in results] for name in ("total", "ResNet-50 body")}
+    axial = [sum(row.seconds for row in rows.values() if row.name.endswith(".axial_attention")) for rows in results]
+    return lines | ({"axial attention": axial} if any(axial) else {})
+
+
+def _draw(panel, label: str, unit: str, values: Sequence[int], lines: dict[str, list[float]]) -> None:
+    for name, line in lines.items():
+        panel.plot(values, line, "o-", label=name)
+    panel.set(xlabel=label, ylabel=unit, ylim=(0, None))
+    panel.grid(alpha=0.3)
+    panel.legend()
 
 
 def plot(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -348,26 +405,28 @@ def plot(cfg: CfgNode, args: argparse.Namespace) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), constrained_layout=True)
-    variants = {"image side (pixels)": SIDES, "queries": QUERIES}
-    for column, (label, values) in enumerate(variants.items()):
-        results = []
-        for value in values:
-            own, own_args = cfg.clone(), argparse.Namespace(**vars(args))
-            own.defrost()
-            if column == 0:
-                own_args.size = [value, value]
-            else:
-                own.MODEL.KMAX.TRANSFORMER_DECODER.NUM_QUERIES = value
-            results.append({row.name: row for row in benchmark(own, own_args)})
-        for name in ("total", "ResNet-50 body"):
-            axes[0, column].plot(values, [result[name].seconds for result in results], "o-", label=name)
-            axes[1, column].plot(values, [result[name].peak_bytes / 1e9 for result in results], "o-", label=name)
-        axes[0, column].set(xlabel=label, ylabel="seconds", ylim=(0, None))
-        axes[1, column].set(xlabel=label, ylabel="peak memory (GB)", ylim=(0, None))
-    axes[0, 0].legend()
-    figure.suptitle(f"{args.config_file}, batch {args.batch_size}, {args.precision} on {args.device}")
-    figure.savefig(args.plot)
+    layout = [["sides", "queries", "megapixel"]]
+    if not args.no_memory:
+        layout.append(["sides memory", "queries memory", "megapixel"])
+    figure, panels = pyplot.subplot_mosaic(layout, figsize=(15, 4 * len(layout)), constrained_layout=True)
+    height, width = args.size
+    for axis, label in {"sides": "image side (pixels)", "queries": f"queries, at {height}×{width} pixels"}.items():
+        values, results = getattr(args, axis), _measure(cfg, args, axis)
+        lines = _lines(results)
+        _draw(panels[axis], label, "seconds", values, lines)
+        if not args.no_memory:
+            peaks = {name: [(rows[name].peak_bytes or math.nan) / 1e9 for rows in results] for name in list(lines)[:2]}
+            _draw(panels[f"{axis} memory"], label, "peak memory (GB)", values, peaks)
+        if axis == "sides":
+            if "axial attention" in lines:
+                pairs = zip(lines["total"], lines["axial attention"], strict=True)
+                lines["total without axial attention"] = [total - axial for total, axial in pairs]
+            megapixels = [args.batch_size * side**2 / 1e6 for side in values]
+            shares = {name: [t / m for t, m in zip(line, megapixels, strict=True)] for name, line in lines.items()}
+            _draw(panels["megapixel"], label, "seconds per megapixel", values, shares)
+    threads = f", {args.threads} threads" if args.device == "cpu" else ""
+    figure.suptitle(f"{args.config_file}, batch {args.batch_size}, {args.precision} on {args.device}{threads}")
+    figure.savefig(args.plot, dpi=120)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -382,10 +441,14 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the model; not the yardstick's")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model's parts")
+    parser.add_argument(
+        "--compile", nargs="?", const="default", choices=COMPILE_MODES, help="the same as the option MODEL.KMAX.COMPILE"
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
     parser.add_argument("--json", action="store_true", help="print a list of rows")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw how inference grows, as a PNG, instead")
+    parser.add_argument("--sides", nargs="+", type=int, default=SIDES, metavar="PIXELS", help="to draw it for")
+    parser.add_argument("--queries", nargs="+", type=int, default=QUERIES, metavar="N", help="to draw it for")
     parser.add_argument("--train-data", nargs=3, metavar=("IMAGES", "PNGS", "JSON"), help="own data for the mapper")
     parser.add_argument("opts", nargs="*", metavar="NAME VALUE", help="config options to change")
     return parser
@@ -402,9 +465,11 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     cfg.MODEL.DEVICE = args.device or cfg.MODEL.DEVICE
     choose_device(cfg)
     args.device, args.size = cfg.MODEL.DEVICE, args.size or list(cfg.INPUT.CROP_SIZE)
-    if min(*args.size, args.batch_size, args.repeats, args.threads) < 1:
-        raise UserError("--size, --batch-size, --repeats and --threads are at least 1")
+    if min(*args.size, args.batch_size, args.repeats, args.threads, *args.sides, *args.queries) < 1:
+        raise UserError("--size, --batch-size, --repeats, --threads, --sides and --queries are at least 1")
+    cfg.MODEL.KMAX.COMPILE = args.compile or cfg.MODEL.KMAX.COMPILE
     test = cfg.MODEL.KMAX.TEST
+    test.PRECISION = args.precision
     test.PAD_TO_CROP = False  # images of just the given size
     test.PANOPTIC_ON, test.SEMANTIC_ON, test.INSTANCE_ON = True, False, False
     cfg.MODEL.KMAX.TIMM.PRETRAINED = False
@@ -417,8 +482,8 @@ def main() -> None:
     args = argument_parser().parse_intermixed_args()
     cfg = prepare(args)
     if args.plot:
-        if args.mode != "inference" or args.no_memory:
-            raise UserError("--plot shows time and memory of inference")
+        if args.mode != "inference":
+            raise UserError("--plot shows inference")
         plot(cfg, args)
         return
     rows = benchmark(cfg, args)

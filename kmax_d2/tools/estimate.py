@@ -46,7 +46,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ..engine import load_config
-from ..engine.precision import PRECISIONS, inference_precision, require_precision
+from ..engine.precision import PRECISIONS, require_precision, use_precision
 from ..errors import UserError, did_you_mean, exit_on_user_error
 from ..modeling.fold import fold_batch_norms
 from .analyze import parts_of, prepare
@@ -391,7 +391,7 @@ def record(
     with mode:
         images = torch.zeros(shape).contiguous(memory_format=torch.channels_last)
         with recorder, hooks if training else contextlib.nullcontext(), torch.set_grad_enabled(training):
-            with inference_precision(precision, "cpu"):
+            with use_precision(precision, "cpu"):
                 outputs = network(images)
             if training:
                 forward = len(recorder.ops)

@@ -32,10 +32,10 @@ from ..data.panoptic_png import describe, read_annotation, write, written_whole
 from ..data.parallel import parallel_map
 from ..data.prepare import make_folder, write_json
 from ..engine import launch, load_config
-from ..engine.precision import inference_precision, require_precision
+from ..engine.inference import inference_model
+from ..engine.precision import require_precision, use_precision
 from ..engine.setup import choose_device, prepare_datasets
 from ..errors import UserError, exit_on_user_error
-from ..modeling.fold import fold_batch_norms
 
 
 class Images(Dataset):
@@ -120,7 +120,7 @@ def label(args: argparse.Namespace, files: list[Path], folder: Path) -> None:
     categories = categories_of(cfg)
     model = build_model(cfg).eval()
     load_weights(model, cfg.MODEL.WEIGHTS)
-    model = fold_batch_norms(model)
+    model = inference_model(model, cfg)
     own = files[comm.get_rank() :: comm.get_world_size()]
     # Every image has its own size, so that there is nothing to collate.
     loader = DataLoader(Images(own, PanopticTestMapper(cfg)), batch_size=None, num_workers=cfg.DATALOADER.NUM_WORKERS)
@@ -130,7 +130,7 @@ def label(args: argparse.Namespace, files: list[Path], folder: Path) -> None:
         if isinstance(inputs, UserError):
             tqdm.write(f"skipped: {inputs}")
             continue
-        with inference_precision(cfg.MODEL.KMAX.TEST.PRECISION, cfg.MODEL.DEVICE), torch.no_grad():
+        with use_precision(cfg.MODEL.KMAX.TEST.PRECISION, cfg.MODEL.DEVICE), torch.no_grad():
             ids, segments = model([inputs])[0]["panoptic_seg"]
         id_map, segments_info = annotation_of(ids, segments, categories)
         write(folder / f"{file.stem}.png", id_map, {"segments_info": segments_info})
@@ -150,7 +150,7 @@ def _entry(file: Path, folder: Path) -> dict | None:
 def remember_model(cfg: CfgNode, folder: Path) -> None:
     """Keeps by which model the labels are made. Raises UserError where the folder's are another's."""
     model = yaml.safe_load(cfg.MODEL.dump())
-    del model["DEVICE"]
+    del model["DEVICE"], model["KMAX"]["COMPILE"]
     weights = Path(model.pop("WEIGHTS"))
     found = weights.stat() if weights.is_file() else None
     told = {
