@@ -15,14 +15,13 @@ class _EarlyGradient(torch.autograd.Function):
         with torch.enable_grad():
             loss = branch(*inputs)
         grads = torch.autograd.grad(loss, [*inputs, *tensors[count:]], allow_unused=True)
-        ctx.is_none = [grad is None for grad in grads]
-        ctx.save_for_backward(*(grad for grad in grads if grad is not None))
+        ctx.grads = grads
         return loss.detach()
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grads = iter(ctx.saved_tensors)
-        return None, None, *(None if is_none else next(grads) * grad for is_none in ctx.is_none)
+        grads, ctx.grads = ctx.grads, None
+        return None, None, *(None if own is None else own.mul_(grad) for own in grads)
 
 
 def early_gradient(branch: Callable, inputs: Sequence[torch.Tensor], module: nn.Module) -> torch.Tensor:

@@ -13,6 +13,7 @@ from timm.layers.weight_init import variance_scaling_
 from torch import nn
 
 from .depthwise import DepthwiseConv2d
+from .norm_act_conv import fits, norm_act_conv
 from .recompute import recompute
 
 BN_EPS = 1e-3
@@ -65,6 +66,13 @@ def fold_norm_(layer: nn.Conv2d | nn.Linear, norm: nn.Module) -> nn.Module:
     return nn.Identity()
 
 
+def _activation(act_layer: type[nn.Module] | None) -> nn.Module:
+    """One that follows a norm, whose output nobody else reads."""
+    if act_layer is None:
+        return nn.Identity()
+    return nn.ReLU(inplace=True) if act_layer is nn.ReLU else act_layer()
+
+
 class ConvBN(nn.Module):
     """Convolution without bias, batch norm, and an activation if one is given. (B, C, H, W) to (B, C', H', W')."""
 
@@ -93,25 +101,34 @@ class ConvBN(nn.Module):
             self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=False)
             he_normal_(self.conv.weight)
         self.norm = batch_norm(norm, out_channels, init_gain)
-        self.act = act_layer() if act_layer is not None else nn.Identity()
+        self.act = _activation(act_layer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.finish(self.conv(x))
 
     def finish(self, x: torch.Tensor) -> torch.Tensor:
         """Norm and activation of the convolution's output."""
-        if isinstance(self.act, nn.GELU) and self.training:
-            return recompute(self._norm_and_act, x, modules=[self.norm])
-        return self._norm_and_act(x)
+        if not self.training:
+            return self._norm_and_act(x)
+        if fits(x, self.norm, self.act):
+            return norm_act_conv(x, self.norm, self.act, None)
+        # What ReLU gives is all that it keeps.
+        return (
+            recompute(self._norm_and_act, x, modules=[self.norm])
+            if isinstance(self.act, nn.GELU)
+            else self._norm_and_act(x)
+        )
 
     def _norm_and_act(self, x: torch.Tensor) -> torch.Tensor:
         return self.act(self.norm(x))
 
     def then(self, following: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """Norm and activation of the convolution's output and a convolution after them, which alone reads these."""
-        if self.training:
-            return recompute(lambda x: following(self._norm_and_act(x)), x, modules=[self.norm])
-        return following(self._norm_and_act(x))
+        if not self.training:
+            return following(self._norm_and_act(x))
+        if fits(x, self.norm, self.act):
+            return norm_act_conv(x, self.norm, self.act, following)
+        return recompute(lambda x: following(self._norm_and_act(x)), x, modules=[self.norm])
 
     def fold_(self) -> None:
         self.norm = fold_norm_(self.conv, self.norm)

@@ -57,4 +57,6 @@ def recompute_blocks(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(getattr(module, "drop_path", None), nn.Module):
+            if isinstance(getattr(module, "act", None), nn.ReLU):
+                module.act = nn.ReLU()  # the input is read again
             module.forward = functools.partial(recompute, module.forward, modules=[module], random=True)

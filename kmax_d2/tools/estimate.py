@@ -500,7 +500,8 @@ def estimate(
     try:
         model = build_model(cfg)
         num_weights = sum(parameter.numel() for parameter in model.parameters())
-        model = model.train() if training else fold_batch_norms(model)
+        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        model = model.train() if training else fold_batch_norms(model, dtype)
         parts = parts_of(model)
         if training and model.semantic_head is not None:
             parts["semantic_head"] = [model.semantic_head]

@@ -59,6 +59,8 @@ class KMaXResNet(Backbone):
             for block in range(depth):
                 stride = 2 if block == 0 and not (standard and index == 0) else 1
                 stage.append(Bottleneck(channels, width, norm=norm, stride=stride, act_layer=self.act_layer))
+                if block > 0:  # nobody else reads the sum between two blocks
+                    stage[-1].act = self.act_layer(inplace=True)
                 channels = width * Bottleneck.expansion
             name = f"stage{index + 2}"
             self.add_module(name, stage)
