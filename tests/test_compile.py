@@ -151,6 +151,7 @@ def test_no_such_mode(model):
         Trainer(cfg)
 
 
+@pytest.mark.slow
 def test_no_compiler(tmp_path):
     """One line in place of the long traceback of the first batch."""
     command = [sys.executable, "-m", "kmax_d2.tools.benchmark", "inference", "--config-file", "shapes/quickstart"]

@@ -1,5 +1,6 @@
 """What keeps memory and time of a training step low changes nothing: values, gradients and running statistics."""
 
+import copy
 import weakref
 
 import pytest
@@ -13,6 +14,7 @@ from kmax_d2.engine import load_config
 from kmax_d2.modeling.depthwise import DepthwiseConv2d
 from kmax_d2.modeling.early_gradient import early_gradient
 from kmax_d2.modeling.layers import ConvBN, DepthwiseSeparable
+from kmax_d2.modeling.norm_act_conv import fits, norm_act_conv
 from kmax_d2.modeling.recompute import recompute
 
 USERS_OF_RECOMPUTE = ("layers", "axial_attention", "pixel_decoder")
@@ -119,6 +121,43 @@ def test_nothing_is_made_anew_without_gradients():
     assert len(calls) == 1
 
 
+# --- norm, activation and convolution as one step ---
+
+
+@pytest.mark.parametrize("act", [nn.GELU(), nn.ReLU()])
+@pytest.mark.parametrize("conv", [None, nn.Conv2d(6, 4, 1), nn.Conv2d(6, 6, 3, 2, 2, 2, bias=False)])
+def test_norm_act_conv(act, conv):
+    """Twice with different inputs before the backward passes: memory used again must not mix them up."""
+    norm = with_running_statistics(nn.BatchNorm2d(6)).double()
+    conv = None if conv is None else copy.deepcopy(conv).double()
+    plain_norm = copy.deepcopy(norm)
+    inputs = [torch.randn(2, 6, 7, 9).double().to(memory_format=torch.channels_last).requires_grad_() for _ in range(2)]
+    assert fits(inputs[0], norm, act)
+    ours = [norm_act_conv(x, norm, act, conv) for x in inputs]
+    plain = [(conv or nn.Identity())(act(plain_norm(x))) for x in inputs]
+    for mine, theirs in zip(ours, plain, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    others = [] if conv is None else list(conv.parameters())
+    for mine, theirs in ((norm, ours), (plain_norm, plain)):
+        total = sum(y.square().sum() for y in theirs)
+        theirs[:] = torch.autograd.grad(total, [*inputs, *mine.parameters(), *others])
+    for mine, theirs in zip(ours, plain, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+    for name, value in plain_norm.named_buffers():
+        torch.testing.assert_close(norm.get_buffer(name), value)
+
+
+def test_where_one_step_does_not_fit():
+    x, norm, gelu = torch.randn(1, 3, 4, 4), nn.BatchNorm2d(3).train(), nn.GELU()
+    assert fits(x, norm, gelu)
+    assert not fits(x.bfloat16(), norm, gelu)
+    assert not fits(x, norm, nn.SiLU())
+    assert not fits(x, nn.GroupNorm(1, 3), gelu)
+    with torch.no_grad():
+        assert not fits(x, norm, gelu)
+    assert not fits(x, norm.eval(), gelu)
+
+
 # --- a branch's early gradient ---
 
 
@@ -195,14 +234,22 @@ MAX_S = (
 )
 
 
-@pytest.mark.parametrize("backbone", [(), CONVNEXT, MAX_S], ids=["resnet", "convnext", "max_s"])
-@pytest.mark.parametrize("blocks", [False, True])
-def test_a_step_is_that_of_the_plain_model(monkeypatch, backbone, blocks):
+RESNET = ("MODEL.KMAX.RESNET.BLOCKS", [1, 2, 1, 2])  # a second block writes over the sum that the first one gave
+
+
+@pytest.mark.parametrize("backbone", [RESNET, CONVNEXT, MAX_S], ids=["resnet", "convnext", "max_s"])
+@pytest.mark.parametrize("way", ["one step", "activations", "blocks"])
+def test_a_step_is_that_of_the_plain_model(monkeypatch, backbone, way):
+    """Whether norm, activation and convolution are one step, as on a CPU, or their activations are made anew."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # what the model itself does in float32
-    model = small_model(*backbone, "MODEL.KMAX.RECOMPUTE_BLOCKS", blocks)
-    ours = training_step(model, scale=7.0)
+    model = small_model(*backbone, "MODEL.KMAX.RECOMPUTE_BLOCKS", way == "blocks")
+    with monkeypatch.context() as patch:
+        if way == "activations":
+            patch.setattr("kmax_d2.modeling.layers.fits", lambda *_: False)
+        ours = training_step(model, scale=7.0)
     plain = small_model(*backbone)
     with monkeypatch.context() as patch:
+        patch.setattr("kmax_d2.modeling.layers.fits", lambda *_: False)
         for name in USERS_OF_RECOMPUTE:
             patch.setattr(f"kmax_d2.modeling.{name}.recompute", lambda function, *x, **_: function(*x))
         patch.setattr("kmax_d2.modeling.kmax_deeplab.early_gradient", lambda branch, inputs, module: branch(*inputs))

@@ -40,12 +40,11 @@ def _weight_gradient(x: torch.Tensor, grad: torch.Tensor, kernel_size: int, padd
 
     One product takes a row of the gradient times the rows of the input that all k² places of the kernel saw.
     """
-    margin = (0, 0, *[padding] * 4)
-    windows = F.pad(x.permute(0, 2, 3, 1), margin).unfold(1, kernel_size, 1).unfold(2, kernel_size, 1)
-    windows = windows.permute(0, 1, 4, 5, 2, 3)  # (B, H, k, k, W, C), a view
-    total = x.new_zeros(windows.shape[2:])
-    for image, image_windows in zip(grad.permute(0, 2, 3, 1), windows, strict=True):
-        for row, window in zip(image, image_windows, strict=True):
+    total = x.new_zeros(kernel_size, kernel_size, x.shape[3], x.shape[1])
+    for image, image_grad in zip(x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1), strict=True):
+        padded = F.pad(image, (0, 0, *[padding] * 4))
+        windows = padded.unfold(0, kernel_size, 1).unfold(1, kernel_size, 1)  # (H, W, C, k, k), a view
+        for row, window in zip(image_grad, windows.permute(0, 3, 4, 1, 2), strict=True):
             total.addcmul_(row, window)
     return total.sum(2).permute(2, 0, 1)[:, None].contiguous()
 
@@ -64,6 +63,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) to the same shape."""
-        if x.device.type == "cpu" and self.weight.requires_grad and torch.is_grad_enabled():
+        trains = self.weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if trains and x.device.type == "cpu":
             return _DepthwiseConv.apply(x, self.weight, self.bias, self.padding[0])
         return super().forward(x)

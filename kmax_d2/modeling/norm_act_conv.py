@@ -98,7 +98,8 @@ def _convolution_backward(
 def fits(x: torch.Tensor, norm: nn.Module, act: nn.Module) -> bool:
     """Whether :func:`norm_act_conv` can take these: a plain batch norm in training on a CPU, without autocast."""
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
         and type(x) is torch.Tensor  # with memory of its own, unlike a fake one
         and isinstance(norm, nn.BatchNorm2d)
         and norm.training
@@ -107,7 +108,6 @@ def fits(x: torch.Tensor, norm: nn.Module, act: nn.Module) -> bool:
         and isinstance(act, (nn.GELU, nn.ReLU))
         and x.dtype == norm.weight.dtype  # under autocast it is not
         and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
     )
 
 
