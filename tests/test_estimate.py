@@ -119,10 +119,10 @@ def test_times_are_the_longer_of_computing_and_moving():
 def test_merging_by_its_formula():
     cost = merging_cost((5, 9), (2, 3), 10)
     assert cost.operations == 6 * 10 * 45
-    assert cost.exponentials == 10 * (45 + 6)
+    assert cost.instructions == 34.5 * 10 * 45
     assert cost.bytes == 8 * 10 * 6 + 84 * 45
-    device = Device({"float32": 2700.0}, bandwidth=1e9, multiprocessors=2, clock=3.0)
-    assert cost.seconds(device) == 510 / (2 * 3.0 * 16)
+    device = Device({"float32": 2700.0}, bandwidth=10.0, multiprocessors=2, clock=3.0)
+    assert cost.seconds(device) == pytest.approx(15525 / (2 * 3 * 128) + 4260 / 10)
 
 
 def test_backward_of_convolutions_costs_the_forward_once_for_each_gradient():

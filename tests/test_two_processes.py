@@ -172,9 +172,10 @@ def test_both_processes_have_the_same_weights_and_statistics(runs, form):
 @pytest.mark.parametrize("form", FORMS)
 def test_running_statistics_are_those_of_the_joint_batch(runs, form):
     one, two = (run[form] for run in runs)
-    assert one["counts"] == two["counts"]
+    # One process runs most norms as one step with what follows, so that they count nothing themselves.
+    assert one["counts"].items() <= two["counts"].items()
     kept = (1 - BN_MOMENTUM) ** STEPS  # of the initial variance, 1
-    for name, count in one["counts"].items():
+    for name, count in two["counts"].items():
         mean, var = ([run["states"][0][f"{name}.running_{part}"] for run in (one, two)] for part in ("mean", "var"))
         torch.testing.assert_close(mean[1], mean[0], rtol=1e-6, atol=1e-9)
         # One process divides by n - 1, as PyTorch does; Detectron2's synchronised norm divides by n.

@@ -62,9 +62,10 @@ class Device(NamedTuple):
 
 
 _HOPPER = {"bfloat16": 989e12, "tf32": 494e12, "float32": 67e12}
-# NVIDIA's data sheets of the SXM modules, and a clock as under load. A multiprocessor finds 16 exponentials a clock.
+# NVIDIA's data sheets of the SXM modules, and a clock as under load.
 DEVICES = {"h100": Device(_HOPPER, 3.35e12, 132, 1.7e9), "h200": Device(_HOPPER, 4.8e12, 132, 1.7e9)}
-EXPONENTIALS_PER_CLOCK = 16
+LANES = 128  # instructions of single threads that a multiprocessor issues in a clock
+TOP_TWO_INSTRUCTIONS = 34.5  # of the merging kernel's loop for a query and a pixel, counted in its code for an H100
 
 # Assumed for well tuned kernels, not measured: the share of the compute peaks, and that of the memory's bandwidth.
 COMPUTE_EFFICIENCY = 0.6
@@ -282,16 +283,13 @@ class MergingCost(NamedTuple):
     """Of one image."""
 
     operations: int
-    exponentials: int
+    instructions: float
     bytes: int
 
     def seconds(self, device: Device, compute: float = 1.0, bandwidth: float = 1.0) -> float:
-        exponentials = device.multiprocessors * device.clock * EXPONENTIALS_PER_CLOCK
-        return max(
-            self.operations / (device.operations["float32"] * compute),
-            self.exponentials / (exponentials * compute),
-            self.bytes / (device.bandwidth * bandwidth),
-        )
+        """The kernel is bound by its instructions, the passes over pixels after it by memory."""
+        issued = device.multiprocessors * device.clock * LANES
+        return self.instructions / (issued * compute) + self.bytes / (device.bandwidth * bandwidth)
 
 
 def merging_cost(size: tuple[int, int], map_size: tuple[int, int], queries: int) -> MergingCost:
@@ -300,14 +298,14 @@ def merging_cost(size: tuple[int, int], map_size: tuple[int, int], queries: int)
     With N queries, a map of h·w and an image of H·W pixels:
 
     - operations: 6·N·H·W in float32, for interpolation, the two largest and the sum.
-    - exponentials: N·H·W for each pixel's softmax, and N·h·w for the mask scores.
+    - instructions: TOP_TWO_INSTRUCTIONS·N·H·W.
     - bytes: 4·N·h·w for the logits read once by each of these two; 24·H·W written, index (8) and probability (4) of two
       queries; the same read again and 12·H·W written (segment 4, query 8); 24·H·W read by three counts over pixels.
     """
     pixels, places = size[0] * size[1], map_size[0] * map_size[1]
     return MergingCost(
         operations=6 * queries * pixels,
-        exponentials=queries * (pixels + places),
+        instructions=TOP_TWO_INSTRUCTIONS * queries * pixels,
         bytes=2 * 4 * queries * places + (24 + 24 + 12 + 24) * pixels,
     )
 
