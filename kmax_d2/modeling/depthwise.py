@@ -64,6 +64,6 @@ class DepthwiseConv2d(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) to the same shape."""
         trains = self.weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if trains and x.device.type == "cpu":
+        if trains and x.device.type == "cpu" and type(x) is torch.Tensor:  # not a fake one, which has no memory
             return _DepthwiseConv.apply(x, self.weight, self.bias, self.padding[0])
         return super().forward(x)
