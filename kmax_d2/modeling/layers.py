@@ -112,12 +112,9 @@ class ConvBN(nn.Module):
             return self._norm_and_act(x)
         if fits(x, self.norm, self.act):
             return norm_act_conv(x, self.norm, self.act, None)
-        # What ReLU gives is all that it keeps.
-        return (
-            recompute(self._norm_and_act, x, modules=[self.norm])
-            if isinstance(self.act, nn.GELU)
-            else self._norm_and_act(x)
-        )
+        if isinstance(self.act, nn.GELU):  # others keep nothing but what they give
+            return recompute(self._norm_and_act, x, modules=[self.norm])
+        return self._norm_and_act(x)
 
     def _norm_and_act(self, x: torch.Tensor) -> torch.Tensor:
         return self.act(self.norm(x))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.utils import comm
 from torch import nn
 
@@ -101,10 +102,10 @@ def fits(x: torch.Tensor, norm: nn.Module, act: nn.Module) -> bool:
         not torch.compiler.is_compiling()
         and x.device.type == "cpu"
         and type(x) is torch.Tensor  # with memory of its own, unlike a fake one
-        and isinstance(norm, nn.BatchNorm2d)
+        and type(norm) in (nn.BatchNorm2d, NaiveSyncBatchNorm)
         and norm.training
         and norm.momentum is not None
-        and comm.get_world_size() == 1  # Detectron2's synchronised norm is a plain one in one process
+        and comm.get_world_size() == 1  # so that a synchronised norm is a plain one
         and isinstance(act, (nn.GELU, nn.ReLU))
         and x.dtype == norm.weight.dtype  # under autocast it is not
         and torch.is_grad_enabled()
