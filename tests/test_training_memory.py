@@ -20,6 +20,12 @@ from kmax_d2.modeling.recompute import recompute
 USERS_OF_RECOMPUTE = ("layers", "axial_attention", "pixel_decoder")
 
 
+@pytest.fixture(autouse=True)
+def however_small(monkeypatch):
+    for name in ("recompute", "depthwise"):
+        monkeypatch.setattr(f"kmax_d2.modeling.{name}.WORTHWHILE", 0)
+
+
 def kept_bytes(run):
     """What the graph of `run()` still holds for its backward pass when that is done, parameters included."""
     kept = []

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+WORTHWHILE = 2**18  # elements of an image's map: those of smaller ones fit a processor's cache
+
 
 class _DepthwiseConv(torch.autograd.Function):
     """A depthwise convolution of stride 1 that keeps the size.
@@ -64,6 +66,7 @@ class DepthwiseConv2d(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) to the same shape."""
         trains = self.weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if trains and x.device.type == "cpu" and type(x) is torch.Tensor:  # not a fake one, which has no memory
+        # A fake tensor, which has no memory, is a subclass.
+        if trains and x.device.type == "cpu" and type(x) is torch.Tensor and x[0].numel() >= WORTHWHILE:
             return _DepthwiseConv.apply(x, self.weight, self.bias, self.padding[0])
         return super().forward(x)

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+WORTHWHILE = 2**18  # elements of the inputs: what comes of fewer is kept, which costs little
+
 
 @contextlib.contextmanager
 def _statistics_kept(norms: Sequence[nn.Module]) -> Iterator[None]:
@@ -24,7 +26,7 @@ def _statistics_kept(norms: Sequence[nn.Module]) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
-def recompute(function: Callable, *inputs: torch.Tensor, modules: Sequence[nn.Module], random: bool = False):
+def recompute(function: Callable, *inputs: object, modules: Sequence[nn.Module], random: bool = False):
     """`function(*inputs)`, of which only the inputs are kept for the gradient.
 
     What the function computes after the last tensor that a gradient needs is not computed again: of a norm, an
@@ -38,6 +40,8 @@ def recompute(function: Callable, *inputs: torch.Tensor, modules: Sequence[nn.Mo
     """
     # A compiler chooses by itself what to compute again.
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(*inputs)
+    if sum(x.numel() for x in inputs if isinstance(x, torch.Tensor)) < WORTHWHILE:
         return function(*inputs)
     parts = (part for module in modules for part in module.modules())
     norms = [part for part in parts if getattr(part, "num_batches_tracked", None) is not None]
