@@ -8,10 +8,9 @@ import torch
 from detectron2.modeling import build_model
 from small import options
 from test_axial_attention import randomise_norms
-from test_forward import MODELS, TOLERANCE, compute, error_of, stages, thinning
+from test_forward import MODELS, TOLERANCE, compute, error_of, official_model, stages, thinning
 from torch import nn
 
-from kmax_d2.checkpoint import official_to_state_dict
 from kmax_d2.engine import load_config
 from kmax_d2.modeling.fold import fold_batch_norms
 
@@ -23,13 +22,7 @@ KEPT = ("semantic_head", "attention", "predictor.mask_norm", "cross_attention.no
 def test_every_stage(tag, request):
     """At the same tolerance as the plain model."""
     expected = reference.load(f"forward_{tag}")
-    if tag == "coco_r50":
-        model = request.getfixturevalue("coco_model")
-    else:
-        model = reference.build(MODELS[tag])
-        things = model.merging.is_thing.tolist()
-        reference.load_all(model, official_to_state_dict(reference.official_variables(tag), things))
-    computed = compute(fold_batch_norms(model), expected["image"], tag.split("_")[0])
+    computed = compute(fold_batch_norms(official_model(tag, request)), expected["image"], tag.split("_")[0])
     errors = {name: error_of(computed[name], expected[name], thinning(name, expected)) for name in stages(tag)}
     assert {name: error for name, error in errors.items() if not error < TOLERANCE} == {}
 

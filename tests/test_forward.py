@@ -66,15 +66,20 @@ def error_of(ours, theirs, step=1):
     return np.abs(ours.numpy() - theirs).max() / np.abs(theirs).max()
 
 
+def official_model(tag, request):
+    """The model of one of MODELS, with the reference's weights."""
+    if tag == "coco_r50":
+        return request.getfixturevalue("coco_model")
+    model = reference.build(MODELS[tag])
+    things = model.merging.is_thing.tolist()
+    reference.load_all(model, official_to_state_dict(reference.official_variables(tag), things))
+    return model
+
+
 @pytest.mark.parametrize("tag", MODELS)
 def test_every_stage(tag, request):
     expected = reference.load(f"forward_{tag}")
-    if tag == "coco_r50":
-        model = request.getfixturevalue("coco_model")
-    else:
-        model = reference.build(MODELS[tag])
-        things = model.merging.is_thing.tolist()
-        reference.load_all(model, official_to_state_dict(reference.official_variables(tag), things))
+    model = official_model(tag, request)
     computed = compute(model, expected["image"], tag.split("_")[0])
     errors = {name: error_of(computed[name], expected[name], thinning(name, expected)) for name in stages(tag)}
     assert {name: error for name, error in errors.items() if not error < TOLERANCE} == {}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 
 class _EarlyGradient(torch.autograd.Function):
@@ -15,13 +16,13 @@ class _EarlyGradient(torch.autograd.Function):
         with torch.enable_grad():
             loss = branch(*inputs)
         grads = torch.autograd.grad(loss, [*inputs, *tensors[count:]], allow_unused=True)
-        ctx.grads = grads
+        ctx.save_for_backward(*grads)
         return loss.detach()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grads, ctx.grads = ctx.grads, None
-        return None, None, *(None if own is None else own.mul_(grad) for own in grads)
+        return None, None, *(None if own is None else own.mul_(grad) for own in ctx.saved_tensors)
 
 
 def early_gradient(branch: Callable, inputs: Sequence[torch.Tensor], module: nn.Module) -> torch.Tensor:

@@ -299,8 +299,8 @@ def merging_cost(size: tuple[int, int], map_size: tuple[int, int], queries: int)
 
     - operations: 6·N·H·W in float32, for interpolation, the two largest and the sum.
     - instructions: TOP_TWO_INSTRUCTIONS·N·H·W.
-    - bytes: 4·N·h·w for the logits read once by each of these two; 24·H·W written, index (8) and probability (4) of two
-      queries; the same read again and 12·H·W written (segment 4, query 8); 24·H·W read by three counts over pixels.
+    - bytes: 4·N·h·w for the logits, read once for the pixels and once for the mask scores; 24·H·W written, index (8)
+      and probability (4) of two queries; the same read again and 12·H·W written (segment 4, query 8); 24·H·W read by three counts over pixels.
     """
     pixels, places = size[0] * size[1], map_size[0] * map_size[1]
     return MergingCost(
@@ -344,16 +344,20 @@ def _record_stages(recorder: Recorder, parts: dict[str, list[nn.Module]]) -> Non
 
 
 class _SavedActivations:
-    """Counts the bytes that the forward pass keeps for the backward one, each storage once."""
+    """Counts the bytes that the forward pass keeps for the backward one, each storage once.
 
-    def __init__(self, model: nn.Module):
+    The semantic head keeps nothing: in training its backward pass comes before the rest of the forward one.
+    """
+
+    def __init__(self, model: nn.Module, recorder: Recorder):
+        self._recorder = recorder
         tensors = [*model.parameters(), *model.buffers()]
         self._held = {tensor.untyped_storage()._cdata for tensor in tensors}
         self.bytes = 0
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._held:
+        if storage._cdata not in self._held and self._recorder.stage != "semantic_head":
             self._held.add(storage._cdata)
             self.bytes += storage.nbytes()
         return tensor
@@ -384,7 +388,7 @@ def record(
     mode = FakeTensorMode()
     _make_fake(model, mode)
     _record_stages(recorder, parts)
-    saved = _SavedActivations(model)
+    saved = _SavedActivations(model, recorder)
     hooks = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor)
     with mode:
         images = torch.zeros(shape).contiguous(memory_format=torch.channels_last)
