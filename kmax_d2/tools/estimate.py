@@ -300,7 +300,8 @@ def merging_cost(size: tuple[int, int], map_size: tuple[int, int], queries: int)
     - operations: 6·N·H·W in float32, for interpolation, the two largest and the sum.
     - instructions: TOP_TWO_INSTRUCTIONS·N·H·W.
     - bytes: 4·N·h·w for the logits, read once for the pixels and once for the mask scores; 24·H·W written, index (8)
-      and probability (4) of two queries; the same read again and 12·H·W written (segment 4, query 8); 24·H·W read by three counts over pixels.
+      and probability (4) of two queries; the same read again and 12·H·W written (segment 4, query 8); 24·H·W read by
+      three counts over pixels.
     """
     pixels, places = size[0] * size[1], map_size[0] * map_size[1]
     return MergingCost(
