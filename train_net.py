@@ -12,7 +12,7 @@ from detectron2.utils.logger import setup_logger
 
 from kmax_d2.checkpoint import KMaXCheckpointer
 from kmax_d2.engine import Trainer, argument_parser, launch, setup
-from kmax_d2.engine.inference import inference_model
+from kmax_d2.speed import inference_model
 from kmax_d2.errors import UserError, exit_on_user_error
 
 

@@ -29,8 +29,7 @@ from kmax_d2 import model_zoo
 from kmax_d2.checkpoint import load_weights
 from kmax_d2.checkpoint.download import download, is_address
 from kmax_d2.data.mapper import PanopticTestMapper, read_image
-from kmax_d2.engine.inference import inference_model
-from kmax_d2.engine.precision import require_precision, use_precision
+from kmax_d2.speed import inference_model, require_precision, use_precision
 from kmax_d2.engine.setup import choose_device, load_config, prepare_datasets
 from kmax_d2.errors import UserError, exit_on_user_error
 from kmax_d2.visualization import draw_panoptic, result_page

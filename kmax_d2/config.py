@@ -39,7 +39,7 @@ def add_kmax_config(cfg: CfgNode) -> None:
 
     kmax = cfg.MODEL.KMAX = CfgNode()
     kmax.NUM_CLASSES = 133  # without void; 0 takes it from the dataset, and own data always give theirs
-    kmax.RECOMPUTE_BLOCKS = False  # in training keep only the inputs of all residual blocks: less memory, more time
+    kmax.CHECKPOINT_BLOCKS = False  # activation checkpointing: training keeps only the inputs of blocks
     kmax.NORM = "SyncBN"  # batch norm of every part; on CPUs the matching one is taken
     # torch.compile: "" for none, "default", or with CUDA graphs, for sizes that do not vary: "reduce-overhead" and
     # "max-autotune".

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..modeling.backbones import KMaXResNet
-from ..modeling.bottleneck import Bottleneck
+from ..modeling.residual import Bottleneck
 
 # Applied in order; each names one part of the model.
 _RULES = [

@@ -25,9 +25,8 @@ from ..checkpoint.download import is_address
 from ..data import MAPPER_REGISTRY, PanopticTestMapper, SkipBroken, WithPartner, skip_samples, training_records
 from ..errors import HideUserErrors, UserError
 from ..evaluation import build_evaluator
-from ..modeling.compile import compile_model
+from ..speed import require_precision, training_model, use_precision
 from .optimizer import build_lr_scheduler, build_optimizer
-from .precision import require_precision, use_precision
 from .train_loop import TrainLoop
 
 
@@ -57,7 +56,7 @@ class Trainer(DefaultTrainer):
             setup_logger()
         require_precision(cfg.MODEL.KMAX.TEST.PRECISION)  # now, not at the first evaluation
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
-        model = compile_model(self.build_model(cfg), cfg.MODEL.KMAX.COMPILE)
+        model = training_model(self.build_model(cfg), cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         on_gpu = cfg.MODEL.DEVICE.startswith("cuda")

@@ -1,9 +1,9 @@
 """The model and its parts; importing it registers them."""
 
-from . import backbones
-from .cross_attention import CROSS_ATTENTION_REGISTRY
+from . import backbones, cross_attention
 from .kmax_decoder import TRANSFORMER_DECODER_REGISTRY, KMaXTransformerDecoder
 from .kmax_deeplab import KMaXDeepLab
+from .kmeans import CROSS_ATTENTION_REGISTRY
 from .pixel_decoder import PIXEL_DECODER_REGISTRY, KMaXPixelDecoder
 from .semantic_head import SEMANTIC_HEAD_REGISTRY
 
@@ -16,4 +16,5 @@ __all__ = [
     "KMaXPixelDecoder",
     "KMaXTransformerDecoder",
     "backbones",
+    "cross_attention",
 ]

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from detectron2.config import configurable
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import UserError
+from .build import keyword_arguments, thing_mask
 from .losses import (
     hardest_semantic_loss,
     instance_discrimination_loss,
@@ -41,6 +43,7 @@ class Criterion(nn.Module):
         small_instance_area, small_instance_weight: pixels of things with fewer pixels in the crop have this weight.
     """
 
+    @configurable
     def __init__(
         self,
         *,
@@ -59,7 +62,7 @@ class Criterion(nn.Module):
     ):
         super().__init__()
         if not 0 <= semantic_hard_share <= 1:
-            raise UserError(f"the share of the hardest pixels is from 0 to 1, not {semantic_hard_share}")
+            raise UserError(f"MODEL.KMAX.LOSS.SEMANTIC_HARD_SHARE is {semantic_hard_share}, but ranges from 0 to 1")
         self.weights = {
             "loss_pq_class": pq_weight,
             "loss_pq_mask": pq_weight,
@@ -76,11 +79,16 @@ class Criterion(nn.Module):
         self.small_instance_weight = small_instance_weight
         self.register_buffer("is_thing", torch.tensor(is_thing, dtype=torch.bool), persistent=False)
 
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        return keyword_arguments(cfg.MODEL.KMAX.LOSS) | {"is_thing": thing_mask(cfg)}
+
     def forward(
         self,
         final: Prediction,
         auxiliary: Sequence[Prediction],
         targets: Targets,
+        semantic_logits: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Weighted losses by name, each a mean over the batch.
 
@@ -88,14 +96,20 @@ class Criterion(nn.Module):
             final: the final prediction, at the size (h, w) that the targets are read at.
             auxiliary: those of the decoders, of any size.
             targets: ground truth with P = h · w.
+            semantic_logits: (B, K or K + 1, h', w') of the auxiliary semantic head, of any size; for the hardest pixels
+                each position is one of the targets'. None where there is no such head.
 
         Returns:
-            "loss_<term>" of the final prediction and "loss_<term>_<i>" of the i-th auxiliary one.
+            "loss_<term>" of the final prediction, "loss_<term>_<i>" of the i-th auxiliary one, and "loss_semantic".
         """
         # Sums over a whole map need float32, also under autocast.
         with torch.autocast(final.mask_logits.device.type, enabled=False):
             predictions = [Prediction(*(tensor.float() for tensor in p)) for p in (final, *auxiliary)]
-            return self._matched_losses(predictions, targets)
+            losses = self._matched_losses(predictions, targets)
+            if semantic_logits is not None:
+                terms = self._semantic_losses(semantic_logits.float(), targets, final.mask_logits.shape[-2:])
+                losses["loss_semantic"] = self.weights["loss_semantic"] * terms.mean()
+        return losses
 
     def _matched_losses(self, predictions: Sequence[Prediction], targets: Targets) -> dict[str, torch.Tensor]:
         """Every term of every prediction, the final one first; all go through each term as one batch."""
@@ -125,17 +139,6 @@ class Criterion(nn.Module):
         for index in range(1, count):
             losses |= {f"{name}_{index - 1}": values[index] for name, values in means.items()}
         return losses
-
-    def semantic_loss(self, logits: torch.Tensor, targets: Targets, size: tuple[int, int]) -> torch.Tensor:
-        """The weighted loss of the auxiliary semantic head, a mean over the batch.
-
-        Args:
-            logits: (B, K or K + 1, h', w'), of any size; for the hardest pixels each position is one of the targets'.
-            targets: ground truth with P = h · w.
-            size: (h, w).
-        """
-        with torch.autocast(logits.device.type, enabled=False):
-            return self.weights["loss_semantic"] * self._semantic_losses(logits.float(), targets, size).mean()
 
     def _semantic_losses(self, logits: torch.Tensor, targets: Targets, size: tuple[int, int]) -> torch.Tensor:
         if self.semantic_hard_share > 0:

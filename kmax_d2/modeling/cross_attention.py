@@ -1,19 +1,13 @@
-"""What the ablation puts in the place of k-means: the original cross-attention, in two forms."""
+"""The ablation's alternatives to k-means: softmax cross-attention, in two forms, and Gumbel-softmax assignment."""
 
 from __future__ import annotations
 
 import torch
-from detectron2.utils.registry import Registry
+import torch.nn.functional as F
 from torch import nn
 
-from .layers import ConvBN, LinearBN, batch_norm, norm_vectors, places, truncated_normal_
-
-CROSS_ATTENTION_REGISTRY = Registry("CROSS_ATTENTION")
-CROSS_ATTENTION_REGISTRY.__doc__ = """
-Updates of the centers from the pixels, named by `MODEL.KMAX.TRANSFORMER_DECODER.CROSS_ATTENTION`. One is called with
-`(channels, *, key_channels, num_heads, norm)`. Its forward pass takes the projected centers (B, N, C), the projected
-pixels (B, C, H, W) and the mask logits (B, N, H, W), and gives an update of the centers (B, N, C).
-"""
+from .kmeans import CROSS_ATTENTION_REGISTRY, KMeansCrossAttention
+from .layers import ConvBN, LinearBN, batch_norm, flatten_pixels, norm_vectors, truncated_normal_
 
 
 @CROSS_ATTENTION_REGISTRY.register()
@@ -46,7 +40,7 @@ class SoftmaxCrossAttention(nn.Module):
 
     def keys_and_values(self, query: torch.Tensor, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the centers read: keys (B, M, key_channels) and values (B, M, C) of M places."""
-        return places(self.key(pixels)), places(self.value(pixels))
+        return flatten_pixels(self.key(pixels)), flatten_pixels(self.value(pixels))
 
     def forward(self, query: torch.Tensor, pixels: torch.Tensor, mask_logits: torch.Tensor) -> torch.Tensor:
         """Centers (B, N, C) and pixels (B, C, H, W) to an update (B, N, C). The mask logits play no part."""
@@ -71,3 +65,18 @@ class SharedSoftmaxCrossAttention(SoftmaxCrossAttention):
     def keys_and_values(self, query: torch.Tensor, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = super().keys_and_values(query, pixels)
         return torch.cat([keys, self.center_key(query)], 1), torch.cat([values, self.center_value(query)], 1)
+
+
+@CROSS_ATTENTION_REGISTRY.register()
+class GumbelCrossAttention(KMeansCrossAttention):
+    """The ablation's Gumbel-softmax: assignments are sampled in training, and gradients pass through them.
+
+    A pixel's one-hot assignment is drawn with the softmax probabilities of its logits; its gradient is that of the
+    relaxed sample (straight-through, https://arxiv.org/abs/1611.01144). At test it is k-means.
+    """
+
+    def cluster_sums(self, mask_logits: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().cluster_sums(mask_logits, values)
+        assignment = F.gumbel_softmax(mask_logits.flatten(2), hard=True, dim=1)
+        return assignment @ flatten_pixels(values)

@@ -13,8 +13,8 @@ from timm.layers import DropPath
 from torch import nn
 
 from ..errors import UserError
-from . import kmeans  # noqa: F401 (registers k-means)
-from .cross_attention import CROSS_ATTENTION_REGISTRY
+from .build import build_from, keyword_arguments
+from .kmeans import CROSS_ATTENTION_REGISTRY
 from .layers import ConvBN, LinearBN, batch_norm, norm_vectors, truncated_normal_
 from .predictor import Prediction, Predictor
 
@@ -101,8 +101,14 @@ class KMaXDecoderLayer(nn.Module):
         self.predictor = Predictor(
             channels, channels, num_classes, norm=norm, hidden_channels=channels, feature_channels=feature_channels
         )
-        self.cross_attention = CROSS_ATTENTION_REGISTRY.get(cross_attention)(
-            channels, key_channels=key_channels, num_heads=num_heads, norm=norm
+        self.cross_attention = build_from(
+            CROSS_ATTENTION_REGISTRY,
+            "MODEL.KMAX.TRANSFORMER_DECODER.CROSS_ATTENTION",
+            cross_attention,
+            channels,
+            key_channels=key_channels,
+            num_heads=num_heads,
+            norm=norm,
         )
         self.attention = CenterSelfAttention(
             channels, key_channels=key_channels, value_channels=channels, num_heads=num_heads, norm=norm
@@ -158,10 +164,14 @@ class KMaXTransformerDecoder(nn.Module):
         super().__init__()
         if len(decoders) > len(input_shape):
             raise UserError(
-                f"{len(decoders)} maps are to have decoders, but the pixel decoder gives {len(input_shape)}"
+                f"MODEL.KMAX.TRANSFORMER_DECODER.DECODERS names {len(decoders)} maps, "
+                f"but the pixel decoder has {len(input_shape)}"
             )
         if not 0 <= training_queries <= num_queries:
-            raise UserError(f"{training_queries} of {num_queries} queries cannot be drawn in training")
+            raise UserError(
+                "MODEL.KMAX.TRANSFORMER_DECODER.TRAINING_QUERIES: "
+                f"{training_queries} of {num_queries} queries cannot be drawn"
+            )
         self.training_queries = training_queries
         self.centers = nn.Parameter(truncated_normal_(torch.empty(num_queries, channels), 1.0))
         self.map_of_layer = [index for index, count in enumerate(decoders) for _ in range(count)]
@@ -193,24 +203,13 @@ class KMaXTransformerDecoder(nn.Module):
 
     @classmethod
     def from_config(cls, cfg, input_shape: Sequence[ShapeSpec]) -> dict:
-        options = cfg.MODEL.KMAX.TRANSFORMER_DECODER
-        return {
-            "input_shape": input_shape,
-            "num_queries": options.NUM_QUERIES,
-            "num_classes": cfg.MODEL.KMAX.NUM_CLASSES,
-            "decoders": options.DECODERS,
-            "training_queries": options.TRAINING_QUERIES,
-            "channels": options.CHANNELS,
-            "cross_attention": options.CROSS_ATTENTION,
-            "ffn_channels": options.FFN_CHANNELS,
-            "key_channels": options.KEY_CHANNELS,
-            "num_heads": options.NUM_HEADS,
-            "feature_channels": options.FEATURE_CHANNELS,
-            "drop_path": options.DROP_PATH,
-            "norm": cfg.MODEL.KMAX.NORM,
-        }
+        kmax = cfg.MODEL.KMAX
+        options = keyword_arguments(kmax.TRANSFORMER_DECODER)
+        return {"input_shape": input_shape, "num_classes": kmax.NUM_CLASSES, "norm": kmax.NORM} | options
 
-    def forward(self, maps: Sequence[torch.Tensor], auxiliary_classes: bool) -> tuple[Prediction, list[Prediction]]:
+    def forward(
+        self, maps: Sequence[torch.Tensor], auxiliary_classes: bool = True
+    ) -> tuple[Prediction, list[Prediction]]:
         """Raw maps, coarse to fine, to the final prediction and that of each decoder.
 
         Args:

@@ -7,11 +7,17 @@ its pixels' values.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+from detectron2.utils.registry import Registry
 from torch import nn
 
-from .cross_attention import CROSS_ATTENTION_REGISTRY
-from .layers import ConvBN, LinearBN, batch_norm, norm_vectors, places, truncated_normal_
+from .layers import ConvBN, LinearBN, batch_norm, flatten_pixels, norm_vectors, truncated_normal_
+
+CROSS_ATTENTION_REGISTRY = Registry("CROSS_ATTENTION")
+CROSS_ATTENTION_REGISTRY.__doc__ = """
+Updates of the centers from the pixels, named by `MODEL.KMAX.TRANSFORMER_DECODER.CROSS_ATTENTION`. One is called with
+`(channels, *, key_channels, num_heads, norm)`. Its forward pass takes the projected centers (B, N, C), the projected
+pixels (B, C, H, W) and the mask logits (B, N, H, W), and gives an update of the centers (B, N, C).
+"""
 
 
 def kmeans_assign(mask_logits: torch.Tensor) -> torch.Tensor:
@@ -31,7 +37,7 @@ def kmeans_update(assignment: torch.Tensor, values: torch.Tensor, num_clusters: 
         (B, N, C) sums; zero for a cluster without pixels.
     """
     batch, channels = values.shape[:2]
-    rows = places(values).flatten(0, 1)
+    rows = flatten_pixels(values).flatten(0, 1)
     first_row = torch.arange(batch, device=values.device)[:, None] * num_clusters
     index = (assignment.flatten(1) + first_row).flatten()
     sums = values.new_zeros(batch * num_clusters, channels).index_add(0, index, rows)
@@ -62,25 +68,10 @@ class KMeansCrossAttention(nn.Module):
     def forward(self, query: torch.Tensor, pixels: torch.Tensor, mask_logits: torch.Tensor) -> torch.Tensor:
         """Pixels (B, C, H, W) and mask logits (B, N, H, W) to an update of the centers (B, N, C).
 
-        The centers `query` play no part beyond the mask logits that they gave.
+        The projected centers `query` act only through the mask logits.
         """
         values = self.value(pixels)
         # A sum over thousands of pixels needs float32, also under autocast.
         with torch.autocast(values.device.type, enabled=False):
             update = self.cluster_sums(mask_logits.float(), values.float())
             return self.projection(norm_vectors(self.norm, update))
-
-
-@CROSS_ATTENTION_REGISTRY.register()
-class GumbelCrossAttention(KMeansCrossAttention):
-    """The ablation's Gumbel-softmax: assignments are sampled in training, and gradients pass through them.
-
-    A pixel's one-hot assignment is drawn with the softmax probabilities of its logits; its gradient is that of the
-    relaxed sample (straight-through, https://arxiv.org/abs/1611.01144). At test it is k-means.
-    """
-
-    def cluster_sums(self, mask_logits: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return super().cluster_sums(mask_logits, values)
-        assignment = F.gumbel_softmax(mask_logits.flatten(2), hard=True, dim=1)
-        return assignment @ places(values)

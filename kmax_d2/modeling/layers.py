@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 from detectron2.layers import get_norm as d2_norm
 from timm.layers import trunc_normal_tf_
 from timm.layers.weight_init import variance_scaling_
 from torch import nn
-
-from .depthwise import DepthwiseConv2d
-from .norm_act_conv import fits, norm_act_conv
-from .recompute import recompute
 
 BN_EPS = 1e-3
 BN_MOMENTUM = 0.01  # in PyTorch's sense: the share of the new batch
@@ -46,33 +39,6 @@ def batch_norm(norm: str, channels: int, init_gain: float = 1.0) -> nn.Module:
     return layer
 
 
-def affine_of(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a batch norm does in inference: the gain and the shift of each channel, two (C,) tensors."""
-    gain = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    return gain, norm.bias - norm.running_mean * gain
-
-
-@torch.no_grad()
-def fold_norm_(layer: nn.Conv2d | nn.Linear, norm: nn.Module) -> nn.Module:
-    """Puts the batch norm that follows a layer into its weights, for inference; gives what is left in its place.
-
-    A norm of another kind, such as a group norm, stays.
-    """
-    if not hasattr(norm, "running_var"):
-        return norm
-    gain, shift = affine_of(norm)
-    layer.weight.mul_(gain.view(-1, *[1] * (layer.weight.ndim - 1)))
-    layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias * gain + shift, requires_grad=False)
-    return nn.Identity()
-
-
-def _activation(act_layer: type[nn.Module] | None) -> nn.Module:
-    """One that follows a norm, whose output nobody else reads."""
-    if act_layer is None:
-        return nn.Identity()
-    return nn.ReLU(inplace=True) if act_layer is nn.ReLU else act_layer()
-
-
 class ConvBN(nn.Module):
     """Convolution without bias, batch norm, and an activation if one is given. (B, C, H, W) to (B, C', H', W')."""
 
@@ -90,45 +56,23 @@ class ConvBN(nn.Module):
         init_gain: float = 1.0,
     ):
         super().__init__()
+        padding = dilation * (kernel_size // 2)
+        groups = in_channels if depthwise else 1
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups=groups, bias=False
+        )
         if depthwise:
-            self.conv = DepthwiseConv2d(in_channels, kernel_size)
-            # Glorot's fans of a depthwise kernel, counted as TensorFlow counts them.
+            # Glorot uniform, with the fans of a depthwise kernel as TensorFlow counts them.
             area = kernel_size * kernel_size
             bound = (6.0 / (area * in_channels + area)) ** 0.5
             nn.init.uniform_(self.conv.weight, -bound, bound)
         else:
-            padding = dilation * (kernel_size // 2)
-            self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=False)
             he_normal_(self.conv.weight)
         self.norm = batch_norm(norm, out_channels, init_gain)
-        self.act = _activation(act_layer)
+        self.act = nn.Identity() if act_layer is None else act_layer()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.finish(self.conv(x))
-
-    def finish(self, x: torch.Tensor) -> torch.Tensor:
-        """Norm and activation of the convolution's output."""
-        if not self.training:
-            return self._norm_and_act(x)
-        if fits(x, self.norm, self.act):
-            return norm_act_conv(x, self.norm, self.act, None)
-        if isinstance(self.act, nn.GELU):  # others keep nothing but what they give
-            return recompute(self._norm_and_act, x, modules=[self.norm])
-        return self._norm_and_act(x)
-
-    def _norm_and_act(self, x: torch.Tensor) -> torch.Tensor:
-        return self.act(self.norm(x))
-
-    def then(self, following: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """Norm and activation of the convolution's output and a convolution after them, which alone reads these."""
-        if not self.training:
-            return following(self._norm_and_act(x))
-        if fits(x, self.norm, self.act):
-            return norm_act_conv(x, self.norm, self.act, following)
-        return recompute(lambda x: following(self._norm_and_act(x)), x, modules=[self.norm])
-
-    def fold_(self) -> None:
-        self.norm = fold_norm_(self.conv, self.norm)
+        return self.act(self.norm(self.conv(x)))
 
 
 class LinearBN(nn.Module):
@@ -156,19 +100,8 @@ class LinearBN(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.act(norm_vectors(self.norm, self.linear(x)))
 
-    def fold_(self) -> None:
-        self.norm = fold_norm_(self.linear, self.norm)
 
-
-def chain(layers: Sequence[ConvBN], x: torch.Tensor) -> torch.Tensor:
-    """The layers one after the other; of what lies between two convolutions, only the first one's output is kept."""
-    x = layers[0].conv(x)
-    for layer, following in pairwise(layers):
-        x = layer.then(following.conv, x)
-    return layers[-1].finish(x)
-
-
-class DepthwiseSeparable(nn.Module):
+class DepthwiseSeparable(nn.Sequential):
     """5×5 depthwise and 1×1 convolution, each with batch norm and GELU. (B, C, H, W) to (B, C', H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int, *, norm: str):
@@ -176,22 +109,15 @@ class DepthwiseSeparable(nn.Module):
         self.depthwise = ConvBN(in_channels, in_channels, 5, norm=norm, depthwise=True, act_layer=nn.GELU)
         self.pointwise = ConvBN(in_channels, out_channels, norm=norm, act_layer=nn.GELU)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return chain([self.depthwise, self.pointwise], x)
-
-    def then(self, following: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """These two and a convolution after them, which alone reads what they give."""
-        return self.pointwise.then(following, self.depthwise.then(self.pointwise.conv, self.depthwise.conv(x)))
-
 
 def norm_vectors(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Applies a batch norm to vectors (B, N, C): 4-D is the one layout that every synchronised batch norm takes."""
     return norm(x.flatten(0, 1)[:, :, None, None]).view_as(x)
 
 
-def places(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) to (B, H · W, C)."""
-    # Not flatten and transpose: PyTorch's batch norm misreads the gradient's strides of that, on CPUs, for one image.
+def flatten_pixels(x: torch.Tensor) -> torch.Tensor:
+    """Flattens a map (B, C, H, W) to a sequence of pixels (B, H · W, C)."""
+    # For a batch of one, PyTorch's CPU batch norm misreads the gradient strides of flatten(2).transpose(1, 2).
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
@@ -200,8 +126,3 @@ def resize(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     if tuple(x.shape[-2:]) == tuple(size):
         return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
-
-
-def l2_normalize(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """x / sqrt(max(Σx², 1e-12)) along `dim`."""
-    return x * torch.rsqrt(x.square().sum(dim, keepdim=True).clamp_min(1e-12))

@@ -5,20 +5,17 @@ Each function gives one value for each image, (B,), before its weight.
 
 from __future__ import annotations
 
-import math
-from itertools import combinations_with_replacement
-
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from .layers import places
+from .layers import flatten_pixels, resize
 from .matcher import VOID, Matching, Targets
 
 MATCHED_WEIGHT = 0.75
 UNMATCHED_WEIGHT = 0.25
 DICE_SMOOTH = 1.0
 TEMPERATURE = 0.3
-SIMILARITIES_AT_ONCE = 2**21  # a block that stays in a processor's cache
 
 
 def _mean_of_nonzero(losses: torch.Tensor) -> torch.Tensor:
@@ -46,51 +43,10 @@ def pq_class_loss(
     return _mean_of_nonzero(losses * weight)
 
 
-def _interpolation(size: int, positions: int, like: torch.Tensor) -> torch.Tensor:
-    """(size, positions), what linear resizing (aligned corners) multiplies one axis by.
-
-    On CPUs the products are several times as fast as PyTorch's resizing of maps that are not channels-last.
-    """
-    one_hot = torch.eye(positions, dtype=like.dtype, device=like.device)[None]
-    return F.interpolate(one_hot, size=size, mode="linear", align_corners=True)[0].T
-
-
-def _resized(x: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None) -> torch.Tensor:
-    return x if rows is None else rows @ x @ columns.T
-
-
-class _MatchedLogSoftmax(torch.autograd.Function):
-    """The matched rows of a log-softmax over the queries. The softmax is made anew in the backward pass."""
-
-    @staticmethod
-    def forward(
-        ctx, mask_logits: torch.Tensor, image: torch.Tensor, query: torch.Tensor, size: tuple[int, int]
-    ) -> torch.Tensor:
-        rows = columns = None
-        if tuple(mask_logits.shape[2:]) != size:
-            rows, columns = (
-                _interpolation(n, m, mask_logits) for n, m in zip(size, mask_logits.shape[2:], strict=True)
-            )
-        logits = _resized(mask_logits, rows, columns).flatten(2)
-        log_partition = logits.logsumexp(1)
-        ctx.save_for_backward(mask_logits, log_partition, image, query, rows, columns)
-        return logits[image, query] - log_partition[image]
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        mask_logits, log_partition, image, query, rows, columns = ctx.saved_tensors
-        logits = _resized(mask_logits, rows, columns)
-        total = torch.zeros_like(log_partition).index_add_(0, image, grad)
-        grad_logits = (logits.flatten(2) - log_partition[:, None]).exp_().mul_(-total[:, None])
-        grad_logits[image, query] += grad  # no query is matched twice
-        grad_logits = grad_logits.view_as(logits)
-        return grad_logits if rows is None else rows.T @ grad_logits @ columns, None, None, None
-
-
 def matched_log_probability(mask_logits: torch.Tensor, matching: Matching, size: tuple[int, int]) -> torch.Tensor:
     """Log-softmax over the queries of resized mask logits, of the matched queries alone.
 
-    Nothing as large as the resized logits is kept for the gradient, which needs a few passes over them only.
+    Only the mask logits are kept for the backward pass, which computes the rest again.
 
     Args:
         mask_logits: (B, N, h, w), of any size.
@@ -100,7 +56,11 @@ def matched_log_probability(mask_logits: torch.Tensor, matching: Matching, size:
     Returns:
         (T, H · W).
     """
-    return _MatchedLogSoftmax.apply(mask_logits, matching.image, matching.query, tuple(size))
+
+    def log_probability(mask_logits: torch.Tensor) -> torch.Tensor:
+        return resize(mask_logits, size).flatten(2).log_softmax(1)[matching.image, matching.query]
+
+    return checkpoint(log_probability, mask_logits, use_reentrant=False)
 
 
 def pq_mask_loss(
@@ -168,49 +128,9 @@ def sample_pixels(targets: Targets, num_samples: int, temperature: float) -> tor
     return score.topk(min(num_samples, pixels), dim=1).indices
 
 
-class _RowLogSumExp(torch.autograd.Function):
-    """log Σ_j exp(f_i · f_j / T) for every i of (B, k, C) features whose squared lengths stay well below 80 T.
-
-    The (k, k) similarities are symmetric: half of them are made, a block at a time, and anew in the backward pass.
-    """
-
-    @staticmethod
-    def forward(ctx, features: torch.Tensor) -> torch.Tensor:
-        partition = features.new_zeros(features.shape[:2])
-        scaled = features / TEMPERATURE
-        for rows, columns in _blocks(features):
-            weight = _exp_similarity(scaled, features, rows, columns)
-            partition[:, rows] += weight.sum(2)
-            if rows != columns:
-                partition[:, columns] += weight.sum(1)
-        ctx.save_for_backward(features, partition)
-        return partition.log()
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
-        features, partition = ctx.saved_tensors
-        # Every feature stands in its own row and in everybody's column.
-        share = grad / partition
-        result, scaled = torch.zeros_like(features), features / TEMPERATURE
-        for rows, columns in _blocks(features):
-            weight = _exp_similarity(scaled, features, rows, columns)
-            weight.mul_(share[:, rows, None] + share[:, None, columns])
-            result[:, rows] += torch.bmm(weight, features[:, columns])
-            if rows != columns:
-                result[:, columns] += torch.bmm(weight.transpose(1, 2), features[:, rows])
-        return result.div_(TEMPERATURE)
-
-
-def _blocks(features: torch.Tensor) -> list[tuple[slice, slice]]:
-    """Square blocks of rows and columns on and above the diagonal."""
-    batch, samples = features.shape[:2]
-    step = max(1, math.isqrt(SIMILARITIES_AT_ONCE // batch))
-    parts = [slice(start, start + step) for start in range(0, samples, step)]
-    return list(combinations_with_replacement(parts, 2))
-
-
-def _exp_similarity(scaled: torch.Tensor, features: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
-    return torch.bmm(scaled[:, rows], features[:, columns].transpose(1, 2)).exp_()
+def _log_partition(features: torch.Tensor) -> torch.Tensor:
+    """log Σ_j exp(f_i · f_j / T) of features (k, C), for each i: (k,)."""
+    return (features @ features.T / TEMPERATURE).logsumexp(1)
 
 
 def sample_features(feature_map: torch.Tensor, pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -224,7 +144,7 @@ def sample_features(feature_map: torch.Tensor, pixels: torch.Tensor, size: tuple
         (B, k, C).
     """
     if tuple(feature_map.shape[-2:]) == tuple(size):
-        features = places(feature_map)
+        features = flatten_pixels(feature_map)
         return features.gather(1, pixels[..., None].expand(-1, -1, features.shape[2]))
     height, width = size
     position = torch.stack([pixels % width / max(width - 1, 1), pixels // width / max(height - 1, 1)], dim=2)
@@ -246,7 +166,9 @@ def instance_discrimination_loss(features: torch.Tensor, pixels: torch.Tensor, t
     segment_ids = targets.segment_ids.gather(1, pixels)
     counts = _sums_by_segment(torch.ones_like(features[..., :1]), segment_ids, targets)
     centroids = _sums_by_segment(features, segment_ids, targets) / counts
-    losses = _RowLogSumExp.apply(features) - (features * centroids).sum(2) / TEMPERATURE
+    # One image at a time, so that a single (k, k) matrix is alive, and none is kept for the backward pass.
+    log_partition = torch.stack([checkpoint(_log_partition, image, use_reentrant=False) for image in features])
+    losses = log_partition - (features * centroids).sum(2) / TEMPERATURE
     return _mean_of_nonzero(losses * (segment_ids != VOID))
 
 

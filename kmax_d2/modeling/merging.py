@@ -12,8 +12,22 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from detectron2.config import configurable
 
+from ..errors import UserError
+from .build import thing_mask
 from .top_two import TopTwo, top_two_queries
+
+OPTIONS = (
+    "PIXEL_THRESHOLD",
+    "THING_THRESHOLD",
+    "STUFF_THRESHOLD",
+    "OVERLAP_THRESHOLD",
+    "CLASS_POWER",
+    "MASK_POWER",
+    "THING_AREA_LIMIT",
+    "STUFF_AREA_LIMIT",
+)
 
 
 class Segmentation(NamedTuple):
@@ -71,6 +85,7 @@ class MaskWiseMerging:
         thing_area_limit, stuff_area_limit: smaller segments become void, in pixels of the merged map.
     """
 
+    @configurable
     def __init__(
         self,
         is_thing: Sequence[bool],
@@ -85,9 +100,11 @@ class MaskWiseMerging:
         stuff_area_limit: int = 6400,
     ):
         if pixel_threshold < 1 / 3:
-            raise ValueError(
-                f"the pixel threshold must be at least 1/3, so that two masks meet at most: {pixel_threshold}"
+            raise UserError(
+                f"MODEL.KMAX.TEST.PIXEL_THRESHOLD is {pixel_threshold}, but must be at least 1/3, so that no more than "
+                "two masks meet at a pixel"
             )
+        self.top_two_queries = top_two_queries
         self.is_thing = torch.tensor(list(is_thing), dtype=torch.bool)
         self.pixel_threshold = pixel_threshold
         self.thing_threshold = thing_threshold
@@ -97,6 +114,14 @@ class MaskWiseMerging:
         self.mask_power = mask_power
         self.thing_area_limit = thing_area_limit
         self.stuff_area_limit = stuff_area_limit
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        test = cfg.MODEL.KMAX.TEST
+        options = {name.lower(): test[name] for name in OPTIONS} | {"is_thing": thing_mask(cfg)}
+        if not test.MERGE_AT_CROP:
+            options |= {"thing_area_limit": 0, "stuff_area_limit": 0}
+        return options
 
     def __call__(
         self,
@@ -114,13 +139,13 @@ class MaskWiseMerging:
             extent: the share of the mask logits' height and width that it spans.
         """
         class_logits, mask_logits = class_logits.detach(), mask_logits.detach()
-        top_two = top_two_queries(mask_logits, size, extent)
+        top_two = TopTwo(*self.top_two_queries(mask_logits, size, extent))
         confidence, query_class = class_logits.float().softmax(1)[:, :-1].max(1)
         mask_score = self._mask_score(mask_logits)
         order = torch.argsort(confidence**self.class_power * mask_score**self.mask_power, descending=True, stable=True)
         masks, *counts = self._masks(top_two, len(class_logits))
 
-        # The one transfer to the host: a few numbers for each query.
+        # The only transfer to the host: a few numbers for each query.
         numbers = torch.cat([t.double().flatten() for t in (order, query_class, confidence, *counts)]).cpu()
         segments, tables = self._paste(numbers, len(class_logits))
         # Memory that is not pinned has been read when the call returns, so there is nothing to wait for.

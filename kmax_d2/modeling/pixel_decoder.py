@@ -11,34 +11,24 @@ from detectron2.utils.registry import Registry
 from timm.layers import LayerNorm2d
 from torch import nn
 
+from ..errors import UserError
 from .axial_attention import AxialBlock
-from .bottleneck import Bottleneck
+from .build import keyword_arguments
 from .layers import ConvBN, resize
-from .recompute import recompute
+from .residual import EXPANSION, Bottleneck
+
+BLOCKS = {"axial": AxialBlock, "bottleneck": Bottleneck}
 
 PIXEL_DECODER_REGISTRY = Registry("PIXEL_DECODER")
 PIXEL_DECODER_REGISTRY.__doc__ = """
 Pixel decoders, named by `MODEL.KMAX.PIXEL_DECODER.NAME`. One is called with `(cfg, input_shape)`, the shapes of the
 backbone's maps by name, and has `output_shape()`: the ShapeSpecs of the list of maps, coarse to fine, that its forward
-pass makes of the backbone's dict.
+pass makes of the backbone's maps by name.
 """
 
 
-class Projection(nn.Sequential):
-    """GELU, then a 1×1 convolution with batch norm. (B, C, H, W) to (B, C', H, W)."""
-
-    def __init__(self, in_channels: int, channels: int, *, norm: str):
-        super().__init__(nn.GELU(), ConvBN(in_channels, channels, norm=norm))
-
-    def forward(self, x: torch.Tensor, before: nn.Module | None = None) -> torch.Tensor:
-        """Takes x through the module `before` first, if there is one."""
-        act, layer = self
-        modules = [act, layer.conv] if before is None else [before, act, layer.conv]
-        return layer.finish(recompute(nn.Sequential(*modules), x, modules=modules))
-
-
 class Fusion(nn.Module):
-    """Adds a coarse map, resized, to a finer one, each first brought to `channels` if it has another width.
+    """Adds a coarse map, resized, to a finer one. A map of another width first goes through GELU and a 1×1 ConvBN.
 
     Args:
         coarse_channels, fine_channels: channels of the two raw inputs.
@@ -53,12 +43,13 @@ class Fusion(nn.Module):
 
     @staticmethod
     def _projection(in_channels: int, channels: int, norm: str) -> nn.Module:
-        return nn.Identity() if in_channels == channels else Projection(in_channels, channels, norm=norm)
+        if in_channels == channels:
+            return nn.Identity()
+        return nn.Sequential(nn.GELU(), ConvBN(in_channels, channels, norm=norm))
 
-    def forward(self, coarse: torch.Tensor, fine: torch.Tensor, fine_norm: nn.Module) -> torch.Tensor:
-        """(B, C1, h, w) and (B, C2, H, W), the latter to be normed first, to (B, channels, H, W)."""
-        fine = self.fine(fine, fine_norm) if isinstance(self.fine, Projection) else fine_norm(fine)
-        return resize(self.coarse(coarse), fine.shape[-2:]) + fine
+    def forward(self, coarse: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:
+        """(B, C1, h, w) and (B, C2, H, W) to (B, channels, H, W)."""
+        return resize(self.coarse(coarse), fine.shape[-2:]) + self.fine(fine)
 
 
 @PIXEL_DECODER_REGISTRY.register()
@@ -90,8 +81,12 @@ class KMaXPixelDecoder(nn.Module):
         super().__init__()
         missing = [name for name in in_features if name not in input_shape]
         if missing:
-            raise ValueError(
-                f"the pixel decoder wants {missing}, which the backbone does not give: {list(input_shape)}"
+            raise UserError(
+                f"MODEL.KMAX.PIXEL_DECODER.IN_FEATURES names {missing}, but the backbone has {list(input_shape)}"
+            )
+        if unknown := set(kinds) - BLOCKS.keys():
+            raise UserError(
+                f"MODEL.KMAX.PIXEL_DECODER.KINDS has {', '.join(sorted(unknown))}, but there are {', '.join(BLOCKS)}"
             )
         self.in_features = list(in_features)
         in_channels = [input_shape[name].channels for name in in_features]
@@ -105,30 +100,18 @@ class KMaXPixelDecoder(nn.Module):
             if index > 0:
                 self.fusions.append(Fusion(channels, in_channels[index], width, norm=norm))
                 channels = width
+            options = {"dilation": dilation} if kind == "bottleneck" else {}
             stage = nn.Sequential()
             for _ in range(depth):
-                if kind == "axial":
-                    stage.append(AxialBlock(channels, width, norm=norm))
-                elif kind == "bottleneck":
-                    stage.append(Bottleneck(channels, width, norm=norm, dilation=dilation))
-                else:
-                    raise ValueError(f"a pixel decoder stage is 'axial' or 'bottleneck', not {kind!r}")
-                channels = 4 * width
+                stage.append(BLOCKS[kind](channels, width, norm=norm, **options))
+                channels = EXPANSION * width
             self.stages.append(stage)
             self._output_shape.append(ShapeSpec(channels=channels, stride=strides[index]))
 
     @classmethod
     def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]) -> dict:
-        options = cfg.MODEL.KMAX.PIXEL_DECODER
-        return {
-            "input_shape": input_shape,
-            "in_features": options.IN_FEATURES,
-            "widths": options.WIDTHS,
-            "blocks": options.BLOCKS,
-            "kinds": options.KINDS,
-            "dilation": options.DILATION,
-            "norm": cfg.MODEL.KMAX.NORM,
-        }
+        options = keyword_arguments(cfg.MODEL.KMAX.PIXEL_DECODER)
+        return {"input_shape": input_shape, "norm": cfg.MODEL.KMAX.NORM} | options
 
     def output_shape(self) -> list[ShapeSpec]:
         """Channels and stride of each map that the forward pass gives, coarse to fine."""
@@ -141,6 +124,6 @@ class KMaXPixelDecoder(nn.Module):
         maps = [x]
         finer = zip(self.fusions, self.stages[1:], inputs[1:], self.input_norms[1:], strict=True)
         for fusion, stage, encoded, norm in finer:
-            x = stage(fusion(x, encoded, norm))
+            x = stage(fusion(x, norm(encoded)))
             maps.append(x)
         return maps

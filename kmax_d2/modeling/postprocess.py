@@ -1,12 +1,134 @@
-"""From the merged map of one image to Detectron2's results at the original size."""
+"""From the prediction for one image to Detectron2's results at the original size."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from detectron2.config import configurable
 from detectron2.structures import Boxes, Instances
 from torchvision.ops import masks_to_boxes
 
-from .merging import Segmentation
+from ..errors import UserError
+from .merging import MaskWiseMerging, Segmentation
+from .top_two import marginal_classes
+
+
+class Results(dict):
+    """The results for one image by name.
+
+    "semantic" is the class map (H, W) int64. Detectron2's one-hot "sem_seg" (K, H, W) uint8, many times as large, is
+    computed from it when it is read.
+
+    Args:
+        num_classes: K.
+    """
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.num_classes = num_classes
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__("semantic" if key == "sem_seg" else key)
+
+    def __missing__(self, key: str) -> torch.Tensor:
+        if key != "sem_seg":
+            raise KeyError(key)
+        classes = self["semantic"]
+        one_hot = torch.zeros(self.num_classes, *classes.shape, dtype=torch.uint8, device=classes.device)
+        return one_hot.scatter_(0, classes[None], 1)
+
+
+class Postprocessor:
+    """Merges the prediction for one image, and resizes the results to the original size.
+
+    Args:
+        merging: a prediction to a panoptic segmentation.
+        merge_at_crop: merge on the padded image and resize ids; else resize logits to the original size and merge.
+        outputs: which of "panoptic", "semantic" and "instance" to give.
+        semantic: "query" or "marginal", :func:`query_classes` or :func:`~kmax_d2.modeling.top_two.marginal_classes`.
+        instance: "query" or "panoptic", :func:`query_instances` or :func:`panoptic_instances`.
+        max_instances: most instances of an image; those with the best scores are kept.
+
+    Raises:
+        UserError: `semantic` or `instance` is none of these.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        merging: MaskWiseMerging,
+        *,
+        merge_at_crop: bool = True,
+        outputs: Sequence[str] = ("panoptic", "semantic", "instance"),
+        semantic: str = "query",
+        instance: str = "query",
+        max_instances: int = 100,
+    ):
+        for option, value, known in (
+            ("SEMANTIC", semantic, ("query", "marginal")),
+            ("INSTANCE", instance, ("query", "panoptic")),
+        ):
+            if value not in known:
+                raise UserError(f"MODEL.KMAX.TEST.{option} is {value}, but there are {' and '.join(known)}")
+        self.merging = merging
+        self.merge_at_crop = merge_at_crop
+        self.outputs = tuple(outputs)
+        self.semantic = semantic
+        self.instance = instance
+        self.max_instances = max_instances
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        test = cfg.MODEL.KMAX.TEST
+        wanted = {"panoptic": test.PANOPTIC_ON, "semantic": test.SEMANTIC_ON, "instance": test.INSTANCE_ON}
+        return {
+            "merging": MaskWiseMerging(cfg),
+            "merge_at_crop": test.MERGE_AT_CROP,
+            "outputs": [name for name, on in wanted.items() if on],
+            "semantic": test.SEMANTIC,
+            "instance": test.INSTANCE,
+            "max_instances": test.MAX_INSTANCES,
+        }
+
+    def __call__(
+        self,
+        class_logits: torch.Tensor,
+        mask_logits: torch.Tensor,
+        padded: tuple[int, int],
+        real: tuple[int, int],
+        original: tuple[int, int],
+    ) -> Results:
+        """Gives the results for one image.
+
+        Args:
+            class_logits: (N, K + 1), void last.
+            mask_logits: (N, h, w), over the padded image.
+            padded, real, original: (height, width) of the image with padding, without it, and of the results.
+        """
+        if self.merge_at_crop:
+            place = padded, (1.0, 1.0)
+        else:
+            place = original, tuple((r - 1) / (p - 1) for r, p in zip(real, padded, strict=True))
+            real = original
+        merged = self.merging(class_logits, mask_logits, *place)
+        is_thing = self.merging.is_thing
+        results = Results(len(is_thing))
+        if "panoptic" in self.outputs:
+            results["panoptic_seg"] = panoptic_result(merged, real, original)
+        if "semantic" in self.outputs:
+            if self.semantic == "query":
+                classes = query_classes(merged)
+            else:
+                classes = marginal_classes(class_logits, mask_logits, *place)
+            results["semantic"] = resize_nearest(classes, real, original)
+        if "instance" in self.outputs:
+            place = self.max_instances, real, original
+            if self.instance == "panoptic":
+                results["instances"] = panoptic_instances(merged, is_thing, *place)
+            else:
+                results["instances"] = query_instances(merged, is_thing, self.merging.pixel_threshold, *place)
+        return results
 
 
 def resize_nearest(labels: torch.Tensor, real: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
@@ -30,16 +152,8 @@ def panoptic_result(
 
 
 def query_classes(merged: Segmentation) -> torch.Tensor:
-    """(H, W) class of the query with the largest mask logit at each pixel, without thresholds: the official way."""
+    """(H, W) class of the query with the largest mask logit at each pixel, without thresholds, as officially."""
     return merged.query_class[merged.top_two.query[0]]
-
-
-def semantic_result(
-    classes: torch.Tensor, num_classes: int, real: tuple[int, int], size: tuple[int, int]
-) -> torch.Tensor:
-    """One-hot (K, H, W) uint8 of a map of classes."""
-    classes = resize_nearest(classes, real, size)
-    return torch.zeros(num_classes, *size, dtype=torch.uint8, device=classes.device).scatter_(0, classes[None], 1)
 
 
 def panoptic_instances(
@@ -49,15 +163,15 @@ def panoptic_instances(
     real: tuple[int, int],
     size: tuple[int, int],
 ) -> Instances:
-    """The official way: pixels of each thing class in the map of :func:`query_classes`, split by the pasted queries.
+    """The official instances: pixels of each thing class in :func:`query_classes`, split by the pasted queries.
 
-    Of two instances none share a pixel. The score is the mean class confidence of its pixels times the mean of their
-    largest mask probability.
+    Instances do not overlap. The score is the mean class confidence of the pixels times the mean of their largest mask
+    probability.
 
     Args:
         merged: of the image, padded or not.
         is_thing: (K,) bool.
-        max_instances: so many at most, the best.
+        max_instances: most instances; those with the best scores are kept.
         real: height and width without padding.
         size: of the result.
     """
@@ -90,7 +204,7 @@ def query_instances(
     real: tuple[int, int],
     size: tuple[int, int],
 ) -> Instances:
-    """The usual way: the best thing queries, each with its whole mask and class confidence times mask score."""
+    """The usual instances: the best thing queries with their whole masks, scored by class confidence × mask score."""
     score = merged.query_score.where(is_thing.to(merged.query_score.device)[merged.query_class], 0)
     score, query = score.topk(min(max_instances, len(score)))
     score, query = score[score > 0], query[score > 0]

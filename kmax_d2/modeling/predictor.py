@@ -6,18 +6,19 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from .layers import DepthwiseSeparable, LinearBN, batch_norm, fold_norm_, l2_normalize, places, truncated_normal_
+from .layers import DepthwiseSeparable, LinearBN, batch_norm, flatten_pixels, truncated_normal_
 
 VOID_PRIOR = 0.9
 
 
 class Prediction(NamedTuple):
-    """What one predictor says.
+    """The output of one predictor.
 
     Attributes:
-        class_logits: (B, N, K + 1), void last; None where nobody asked for classes.
+        class_logits: (B, N, K + 1), void last; None where classes were not asked for.
         mask_logits: (B, N, H, W), one logit for each cluster and pixel.
         pixel_feature: (B, 128, H, W), of unit length at each pixel.
     """
@@ -28,7 +29,7 @@ class Prediction(NamedTuple):
 
 
 class Predictor(nn.Module):
-    """Mask logits are dot products of pixel features and mask embeddings, normalised as one single channel.
+    """Mask logits are dot products of pixel features and mask embeddings, normalized as one channel.
 
     Args:
         pixel_channels: channels of the pixel map.
@@ -59,7 +60,7 @@ class Predictor(nn.Module):
         for layer in (self.pixel_projection, self.class_head):
             truncated_normal_(layer.weight, 0.01)
             nn.init.zeros_(layer.bias)
-        # A constant that starts void at a probability of 0.9 against all classes together.
+        # This constant starts void with a probability of 0.9 against all classes together.
         prior = torch.zeros(num_classes + 1)
         prior[-1] = math.log(num_classes * VOID_PRIOR / (1 - VOID_PRIOR))
         self.register_buffer("class_prior", prior, persistent=False)
@@ -72,15 +73,12 @@ class Predictor(nn.Module):
         with_classes: bool = True,
     ) -> Prediction:
         """Pixels (B, C, H, W) and two embeddings of the centers (B, N, D) to a :class:`Prediction`."""
-        feature = self.pixel_norm(self.pixel_head.then(self.pixel_projection, pixels))
+        feature = self.pixel_norm(self.pixel_projection(self.pixel_head(pixels)))
         embedding = self.mask_embedding(mask_embedding)
         # In float32 also under autocast: an argmax over these logits assigns the pixels.
         with torch.autocast(feature.device.type, enabled=False):
-            feature = l2_normalize(feature.float(), dim=1)
-            mask_logits = embedding.float() @ places(feature).transpose(1, 2)
+            feature = F.normalize(feature.float(), dim=1, eps=1e-6)
+            mask_logits = embedding.float() @ flatten_pixels(feature).transpose(1, 2)
             mask_logits = self.mask_norm(mask_logits[:, None])[:, 0].unflatten(2, feature.shape[-2:])
         class_logits = self.class_head(class_embedding) + self.class_prior if with_classes else None
         return Prediction(class_logits, mask_logits, feature)
-
-    def fold_(self) -> None:
-        self.pixel_norm = fold_norm_(self.pixel_projection, self.pixel_norm)

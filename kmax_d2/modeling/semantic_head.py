@@ -1,4 +1,4 @@
-"""The auxiliary semantic heads, read in training only."""
+"""The auxiliary semantic heads, used in training only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from detectron2.utils import comm
 from detectron2.utils.registry import Registry
 from torch import nn
 
-from .layers import ConvBN, DepthwiseSeparable, places, resize, truncated_normal_
+from .layers import ConvBN, DepthwiseSeparable, flatten_pixels, resize, truncated_normal_
 
 SEMANTIC_HEAD_REGISTRY = Registry("SEMANTIC_HEAD")
 SEMANTIC_HEAD_REGISTRY.__doc__ = """
@@ -34,11 +34,11 @@ class ASPP(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def _pooled(self, x: torch.Tensor) -> torch.Tensor:
-        pooled = self.pool.conv(places(x).mean(1)[..., None, None])
+        pooled = self.pool.conv(flatten_pixels(x).mean(1)[..., None, None])
         norm = self.pool.norm
         replicas = comm.get_world_size() if isinstance(norm, (nn.SyncBatchNorm, NaiveSyncBatchNorm)) else 1
         if self.training and pooled.shape[0] * replicas == 1:
-            # One value has no variance to normalise by: the running statistics serve instead.
+            # A single value has no variance, so the running statistics normalize it.
             pooled = F.batch_norm(
                 pooled, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps
             )
@@ -118,7 +118,7 @@ class ASPPSemanticHead(nn.Module):
         for name, low_level, fuse in zip(("stage3", "stage2"), self.low_level, self.fuse, strict=True):
             low = low_level(self.act(features[name]))
             x = fuse(torch.cat([resize(x, low.shape[-2:]), low], dim=1))
-        return self.head.then(self.classifier, x)
+        return self.classifier(self.head(x))
 
 
 @SEMANTIC_HEAD_REGISTRY.register()
@@ -149,4 +149,4 @@ class PointwiseSemanticHead(nn.Module):
 
     def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
         """The encoder's maps by name to logits (B, K, H / 32, W / 32)."""
-        return self.head.then(self.classifier, features["stage5"])
+        return self.classifier(self.head(features["stage5"]))

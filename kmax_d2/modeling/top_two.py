@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -12,8 +10,6 @@ import torch
 # A strip takes a few steps, and stays in a core's own cache meanwhile; a GPU wants few large ones.
 LOGITS_PER_THREAD = 2**17
 LOGITS_ON_GPU = 2**26
-
-logger = logging.getLogger(__name__)
 
 
 class TopTwo(NamedTuple):
@@ -53,7 +49,7 @@ def upsampled(mask_logits: torch.Tensor, size: tuple[int, int], extent: tuple[fl
     device = logits.device
     above, below, down = _interpolation(height, size[0], extent[0], device)
     factor, rest = divmod(size[1] - 1, max(width - 1, 1))
-    regular = rest == 0 and width > 1 and extent[1] == 1
+    regular = rest == 0 and factor > 0 and width > 1 and extent[1] == 1
     if regular:  # every position has the same pixels after it, and nothing is to be gathered
         steps = torch.arange(factor, device=device)[:, None] / factor
         logits = torch.cat([logits, logits[:, -1:]], dim=1)
@@ -77,36 +73,11 @@ def top_two_queries(
 ) -> TopTwo:
     """Upsamples logits bilinearly (aligned corners) and keeps each pixel's two best queries.
 
-    Never waits for a GPU.
-
     Args:
         mask_logits: (N, h, w) with N ≥ 2.
         size: (H, W) to upsample to.
         extent: the share of the map's height and width that the pixels span; less than 1 leaves padding out.
     """
-    if mask_logits.is_cuda and _kernel_runs(mask_logits.device):
-        from .top_two_triton import top_two_in_one_kernel
-
-        return top_two_in_one_kernel(mask_logits, size, extent)
-    return top_two_by_strips(mask_logits, size, extent)
-
-
-@functools.cache
-def _kernel_runs(device: torch.device) -> bool:
-    """Whether Triton is there and can compile for this GPU, for which it needs a C compiler too."""
-    try:
-        from .top_two_triton import top_two_in_one_kernel
-
-        top_two_in_one_kernel(torch.zeros(2, 1, 1, device=device), (1, 1), (1.0, 1.0))
-    except Exception as error:  # of many kinds, from a missing compiler to an old GPU
-        reason = str(error).strip().partition("\n")[0]
-        logger.warning("Merging takes the slower way, for its Triton kernel does not run here: %s", reason)
-        return False
-    return True
-
-
-def top_two_by_strips(mask_logits: torch.Tensor, size: tuple[int, int], extent: tuple[float, float]) -> TopTwo:
-    """:func:`top_two_queries` in PyTorch alone."""
     num_queries, pixels, device = len(mask_logits), size[0] * size[1], mask_logits.device
     # Of several the first is to be found, so it has the largest weight.
     weight = torch.arange(num_queries, 0, -1, dtype=torch.float32, device=device)

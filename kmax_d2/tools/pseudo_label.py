@@ -32,8 +32,7 @@ from ..data.panoptic_png import describe, read_annotation, write, written_whole
 from ..data.parallel import parallel_map
 from ..data.prepare import make_folder, write_json
 from ..engine import launch, load_config
-from ..engine.inference import inference_model
-from ..engine.precision import require_precision, use_precision
+from ..speed import inference_model, require_precision, use_precision
 from ..engine.setup import choose_device, prepare_datasets
 from ..errors import UserError, exit_on_user_error
 

@@ -14,7 +14,7 @@ from timm.models.convnext import ConvNeXt
 from torch import nn
 
 from ...errors import UserError
-from ..depthwise import DepthwiseConv2d
+from ..build import keyword_arguments
 from ..layers import truncated_normal_
 
 
@@ -42,12 +42,9 @@ class KMaXConvNeXt(Backbone):
     ):
         super().__init__()
         if not len(depths) == len(widths) == 4:
-            raise UserError("ConvNeXt has four stages: give as many MODEL.KMAX.CONVNEXT.DEPTHS and WIDTHS")
+            raise UserError("ConvNeXt has four stages: MODEL.KMAX.CONVNEXT.DEPTHS and WIDTHS need four values each")
         net = ConvNeXt(depths=tuple(depths), dims=tuple(widths), num_classes=0, drop_path_rate=drop_path)
         self.stem, self.stages = net.stem, net.stages
-        for block in (block for stage in self.stages for block in stage.blocks):
-            block.conv_dw = DepthwiseConv2d(block.conv_dw.in_channels, block.conv_dw.kernel_size[0], bias=True)
-            nn.init.zeros_(block.conv_dw.bias)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 truncated_normal_(module.weight, 0.02)  # timm truncates at 2, a hundred standard deviations
@@ -57,8 +54,7 @@ class KMaXConvNeXt(Backbone):
 
     @classmethod
     def from_config(cls, cfg, input_shape: ShapeSpec) -> dict:
-        options = cfg.MODEL.KMAX.CONVNEXT
-        return {"depths": options.DEPTHS, "widths": options.WIDTHS, "drop_path": options.DROP_PATH}
+        return keyword_arguments(cfg.MODEL.KMAX.CONVNEXT)
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """(B, 3, H, W), scaled to ±1, H and W of 32k + 1, to the maps by name, each (B, C, h, w).

@@ -11,16 +11,16 @@ import torch
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
-from detectron2.modeling.backbone import Backbone
 from torch import nn
 
-from ..bottleneck import Bottleneck
+from ..build import keyword_arguments
 from ..layers import ConvBN
+from .residual import STAGES, ResidualBackbone
 
 
 @BACKBONE_REGISTRY.register()
-class KMaXResNet(Backbone):
-    """Pixel encoder. Its maps are the residual sums before the activation: stage1 (stem, OS 2), stage2..5 (OS 4..32).
+class KMaXResNet(ResidualBackbone):
+    """ResNet of any depth and width (https://arxiv.org/abs/1512.03385).
 
     In the standard form stage1 comes after the max pool (OS 4), stage 2 does not stride, and all maps are activated.
 
@@ -47,41 +47,26 @@ class KMaXResNet(Backbone):
         super().__init__()
         self.standard = standard
         self.stem = ConvBN(3, stem_width, 7, norm=norm, stride=2)
-        self.pool = nn.Sequential(self.act_layer(), nn.MaxPool2d(3, 2, padding=1)) if standard else nn.Identity()
-        # The blocks activate their input, where an activation already made changes nothing.
-        self.out_act = self.act_layer() if standard else nn.Identity()
-        self._out_features = ["stage1", "stage2", "stage3", "stage4", "stage5"]
-        self._out_feature_channels = {"stage1": stem_width}
-        self._out_feature_strides = {"stage1": 4 if standard else 2}
-        channels = stem_width
-        for index, (depth, width) in enumerate(zip(blocks, widths, strict=True)):
-            stage = nn.Sequential()
-            for block in range(depth):
-                stride = 2 if block == 0 and not (standard and index == 0) else 1
-                stage.append(Bottleneck(channels, width, norm=norm, stride=stride, act_layer=self.act_layer))
-                if block > 0:  # nobody else reads the sum between two blocks
-                    stage[-1].act = self.act_layer(inplace=True)
-                channels = width * Bottleneck.expansion
-            name = f"stage{index + 2}"
-            self.add_module(name, stage)
-            self._out_feature_channels[name] = channels
-            self._out_feature_strides[name] = 2 ** (index + 2)
+        self.add_stages(
+            stem_width,
+            4 if standard else 2,
+            blocks,
+            widths,
+            norm=norm,
+            first_stride=1 if standard else 2,
+        )
 
     @classmethod
     def from_config(cls, cfg, input_shape: ShapeSpec) -> dict:
-        resnet = cfg.MODEL.KMAX.RESNET
-        return {
-            "blocks": resnet.BLOCKS,
-            "widths": resnet.WIDTHS,
-            "stem_width": resnet.STEM_WIDTH,
-            "standard": resnet.STANDARD,
-            "norm": cfg.MODEL.KMAX.NORM,
-        }
+        return keyword_arguments(cfg.MODEL.KMAX.RESNET) | {"norm": cfg.MODEL.KMAX.NORM}
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(B, 3, H, W), scaled to ±1, to the maps by name, each (B, C, H / stride, W / stride)."""
-        x = self.pool(self.stem(x))
+        """(B, 3, H, W), scaled to ±1, to the maps by name, each (B, C, ceil(H / stride), ceil(W / stride))."""
+        if not self.standard:
+            return super().forward(x)
+        x = nn.functional.max_pool2d(self.stem(x).relu(), 3, 2, padding=1)
         maps = {"stage1": x}
-        for name in ("stage2", "stage3", "stage4", "stage5"):
-            x = maps[name] = self.out_act(getattr(self, name)(x))
+        for name in STAGES:
+            # The next block activates its input again, which changes nothing.
+            x = maps[name] = getattr(self, name)(x).relu()
         return maps

@@ -6,15 +6,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .top_two import TopTwo, spacing
-
 # Pixels of a program, one for each of its threads. Neighbors share what they read.
 TILE_HEIGHT, TILE_WIDTH = 4, 32
 WARPS = TILE_HEIGHT * TILE_WIDTH // 32
 
 
-def top_two_in_one_kernel(mask_logits: torch.Tensor, size: tuple[int, int], extent: tuple[float, float]) -> TopTwo:
-    """:func:`~kmax_d2.modeling.top_two.top_two_queries` on a GPU."""
+def top_two_in_one_kernel(
+    mask_logits: torch.Tensor, size: tuple[int, int], extent: tuple[float, float] = (1.0, 1.0)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`~kmax_d2.modeling.top_two.top_two_queries` on a GPU, which never waits for it."""
     logits = mask_logits.contiguous()
     queries, height, width = logits.shape
     query = torch.empty(2, *size, dtype=torch.int64, device=logits.device)
@@ -29,13 +29,13 @@ def top_two_in_one_kernel(mask_logits: torch.Tensor, size: tuple[int, int], exte
             height,
             width,
             *size,
-            spacing(height, size[0], extent[0]),
-            spacing(width, size[1], extent[1]),
+            (height - 1) * extent[0] / max(size[0] - 1, 1),
+            (width - 1) * extent[1] / max(size[1] - 1, 1),
             TILE_HEIGHT,
             TILE_WIDTH,
             num_warps=WARPS,
         )
-    return TopTwo(query, probability)
+    return query, probability
 
 
 @triton.jit

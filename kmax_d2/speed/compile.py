@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import UserError, did_you_mean
 
-MODES = ("default", "reduce-overhead", "max-autotune")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 PARTS = ("backbone", "pixel_decoder", "transformer_decoder", "semantic_head")
 
 logger = logging.getLogger(__name__)
@@ -19,17 +19,16 @@ logger = logging.getLogger(__name__)
 def compile_model(model: nn.Module, mode: str, *, backend: str = "inductor") -> nn.Module:
     """Compiles the model's PARTS; losses and merging, whose shapes the images decide, stay as they are.
 
-    The first batch takes minutes. At test, code for sizes that vary is made where a second size comes. In training
-    each size is compiled by itself, and after eight of them PyTorch goes on without. Random numbers, such as those
-    of dropped paths, are not those of the plain model.
-    Call it last: a copy, such as that of `fold_batch_norms`, is not compiled. Saved weights have the usual names.
+    The first batch takes minutes. At test, a second size leads to code for all sizes. In training each size is compiled
+    by itself, and after eight of them PyTorch runs the rest uncompiled. Random numbers, such as those of dropped
+    paths, differ from the plain model's. Call it last: a copy, such as that of `fold_batch_norms`, is not compiled.
 
     Args:
         model: a :class:`~kmax_d2.modeling.kmax_deeplab.KMaXDeepLab`, in the mode, training or not, to compile it for.
-        mode: "" leaves it as it is. On a GPU, "reduce-overhead" and "max-autotune"
-            replay CUDA graphs, which hold memory for each size, and the latter tries out kernels, which takes long:
-            both are for sizes that do not vary. What `predict` gives the next forward pass then writes over.
-        backend: what compiles; "eager" and "aot_eager" only trace, for tests, and know no mode.
+        mode: "" leaves it as it is. On a GPU, "reduce-overhead" and "max-autotune" replay CUDA graphs, which hold
+            memory for each size, and the latter tries out kernels, which takes long: both are for sizes that do not
+            vary. The next forward pass then overwrites the output of `predict`.
+        backend: of torch.compile; "eager" and "aot_eager" only trace, for tests, and have no mode.
 
     Returns:
         The model.
@@ -39,12 +38,11 @@ def compile_model(model: nn.Module, mode: str, *, backend: str = "inductor") -> 
     """
     if not mode:
         return model
-    if mode not in MODES:
+    if mode not in COMPILE_MODES:
         raise UserError(
-            f'MODEL.KMAX.COMPILE is {mode}, but there are "", {", ".join(MODES)}{did_you_mean(mode, MODES)}'
+            f'MODEL.KMAX.COMPILE is {mode}, but there are "", '
+            f"{', '.join(COMPILE_MODES)}{did_you_mean(mode, COMPILE_MODES)}"
         )
-    if not hasattr(nn.Module, "compile"):
-        raise UserError(f"MODEL.KMAX.COMPILE needs PyTorch 2.2 or newer, not {torch.__version__}")
     _try_out(backend, model.device)
     logger.warning("torch.compile: the first batch, and the first of another size, take minutes")
     for name in PARTS:
@@ -60,7 +58,7 @@ def compile_model(model: nn.Module, mode: str, *, backend: str = "inductor") -> 
 
 
 def _try_out(backend: str, device: torch.device) -> None:
-    """Raises UserError where torch.compile does not work, of which it tells only at the first batch, at length."""
+    """Raises UserError where torch.compile does not work; it would say so only at the first batch, at length."""
     try:
         torch.compile(F.gelu, backend=backend)(torch.zeros(8, device=device))
     except Exception as error:  # each missing tool in its own way
@@ -72,5 +70,5 @@ def _try_out(backend: str, device: torch.device) -> None:
 
 
 def _begin_step(model: nn.Module, inputs: tuple) -> None:
-    """All parts of a forward pass belong to one step, whose memory CUDA graphs may take for the next."""
+    """Marks a new step, so that CUDA graphs may reuse the memory of the last."""
     torch.compiler.cudagraph_mark_step_begin()

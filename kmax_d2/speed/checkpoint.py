@@ -1,0 +1,70 @@
+"""Activation checkpointing: activations are computed again in the backward pass (https://arxiv.org/abs/1604.06174)."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ..modeling.predictor import Predictor
+
+SMALLEST = 2**18  # elements of the input; what follows from fewer is cheap to keep
+
+
+def checkpoint_blocks(model: nn.Module) -> nn.Module:
+    """Makes every large block of a model keep nothing but its input for the backward pass, in place.
+
+    These are the residual blocks of encoder and pixel decoder, the kMaX decoders, the final predictor and the semantic
+    head. Gradients, running statistics and dropped paths stay what they are without checkpointing. Parts that
+    `torch.compile` runs are left to the compiler.
+
+    Args:
+        model: of any kind.
+
+    Returns:
+        The model.
+    """
+    for module in _blocks(model):
+        module.forward = functools.partial(_forward, module, module.forward)
+    return model
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost blocks: as timm names it, a residual block is a module with a `drop_path`."""
+    for name, child in module.named_children():
+        is_residual = isinstance(getattr(child, "drop_path", None), nn.Module)
+        if is_residual or isinstance(child, Predictor) or name == "semantic_head":
+            yield child
+        else:
+            yield from _blocks(child)
+
+
+def _forward(module: nn.Module, forward: Callable, *inputs: object) -> object:
+    trains = module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    tensors = [x for value in inputs for x in (value.values() if isinstance(value, dict) else [value])]
+    if not trains or sum(x.numel() for x in tensors if isinstance(x, torch.Tensor)) < SMALLEST:
+        return forward(*inputs)
+    return checkpoint(
+        forward,
+        *inputs,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), _statistics_frozen(module)),
+    )
+
+
+@contextlib.contextmanager
+def _statistics_frozen(module: nn.Module) -> Iterator[None]:
+    """Batch norms inside normalize by the batch as before, but leave their running statistics alone."""
+    norms = [part for part in module.modules() if getattr(part, "num_batches_tracked", None) is not None]
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
+    try:
+        yield
+    finally:
+        for norm, momentum, batches in before:
+            norm.momentum, norm.num_batches_tracked = momentum, batches
