@@ -1,10 +1,11 @@
-"""COCO, Cityscapes and ADE20K with two images a split, in their official layouts below a DETECTRON2_DATASETS folder."""
+"""COCO, Cityscapes and ADE20K with two images per split, in their official layouts below one folder."""
 
 import contextlib
+import importlib
 import io
 import json
 import os
-import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,17 @@ from detectron2.data.datasets.coco_panoptic import register_coco_panoptic
 from panopticapi.utils import rgb2id
 from PIL import Image
 
-from kmax_d2.data.datasets import ade20k, test_sets
+from kmax_d2.data.datasets import register_all
 
 COCO_SAMPLE = Path(__file__).parent / "data" / "coco_sample"
-SCRIPTS = Path(__file__).parents[1] / "datasets"
+SCRIPTS = str(Path(__file__).parents[1] / "datasets")
+
+
+def load_script(name):
+    """Imports a script of datasets/ with that folder on the search path, as in a run of the script."""
+    if SCRIPTS not in sys.path:
+        sys.path.insert(0, SCRIPTS)
+    return importlib.import_module(name)
 
 
 # --- COCO: two real images with crowds, at a third of their size ---
@@ -68,7 +76,7 @@ def _write(file, content):
 def _prepare(name, root):
     """Runs the project's script of a dataset."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        runpy.run_path(str(SCRIPTS / f"prepare_{name}_panoptic.py"))["main"](["--root", str(root), "--workers", "1"])
+        load_script(f"prepare_{name}_panoptic").main(["--root", str(root), "--workers", "1"])
 
 
 # --- Cityscapes: drawn scenes, whose polygons cityscapesscripts turns into ground truth ---
@@ -165,7 +173,7 @@ def registered(folder):
 def _register(root):
     coco = {f"coco_2017_{split}_panoptic": f"{split}2017" for split in ("train", "val")}
     cityscapes = [f"cityscapes_fine_panoptic_{split}" for split in ("train", "val")]
-    for name in [*coco, *cityscapes, "ade20k_panoptic_train", "ade20k_panoptic_val"]:
+    for name in [*coco, *cityscapes]:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     for name, split in coco.items():
@@ -178,5 +186,4 @@ def _register(root):
             os.path.join(root, "coco", "annotations", f"instances_{split}.json"),
         )
     register_all_cityscapes_panoptic(root)
-    ade20k.register(root)
-    test_sets.register(root)
+    register_all(root)

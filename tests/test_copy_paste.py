@@ -1,4 +1,4 @@
-"""Copy-paste: what is pasted follows the official rule, image and labels agree, and partners come from the dataset."""
+"""Copy-paste follows the official rule, image and labels agree, and paste sources come from the dataset."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from PIL import Image
 from small import options
 from torch.utils.data import SequentialSampler
 
-from kmax_d2.data import PanopticTrainMapper, WithPartner
+from kmax_d2.data import PanopticTrainMapper, WithPasteSource
 from kmax_d2.data.copy_paste import copy_paste
 from kmax_d2.engine import load_config
 from kmax_d2.errors import UserError
@@ -85,52 +85,52 @@ def mapper(**changes):
     )
 
 
-def test_the_partner_goes_through_the_pipeline_at_half_the_scale(tmp_path):
+def test_the_paste_source_goes_through_the_pipeline_at_half_the_scale(tmp_path):
     first = record(tmp_path, "first", (20, 20), (10, 20, 30), 5, False)
-    partner = record(tmp_path, "partner", (40, 40), (40, 50, 60), 2, True)
-    joint = mapper()(first | {"partner": partner})
-    assert "partner" not in joint
+    source = record(tmp_path, "source", (40, 40), (40, 50, 60), 2, True)
+    joint = mapper()(first | {"paste_source": source})
+    assert "paste_source" not in joint
     assert joint["segment_classes"].tolist() == [5, 2]
     assert (joint["segment_ids"] == 1).sum() == 32 * 32  # half of the crop's 65
-    assert joint["image"].dtype == torch.uint8, "padding of the partner was pasted"
+    assert joint["image"].dtype == torch.uint8, "padding of the paste source was pasted"
     colors = torch.tensor([[10, 20, 30], [40, 50, 60]], dtype=torch.uint8)
     assert torch.equal(joint["image"], colors[joint["segment_ids"].long()].permute(2, 0, 1))
-    offsets = {tuple((mapper()(first | {"partner": partner})["segment_ids"] == 1).nonzero()[0]) for _ in range(4)}
+    offsets = {tuple((mapper()(first | {"paste_source": source})["segment_ids"] == 1).nonzero()[0]) for _ in range(4)}
     assert len(offsets) > 1
 
 
 def test_a_mask_that_is_wholly_covered_disappears(tmp_path):
     small = record(tmp_path, "small", (20, 20), (10, 20, 30), 0, True)
-    partner = record(tmp_path, "partner", (40, 40), (40, 50, 60), 1, True)
+    source = record(tmp_path, "source", (40, 40), (40, 50, 60), 1, True)
     covering = mapper()
-    covering.augmentations, covering.partner_augmentations = covering.partner_augmentations, covering.augmentations
-    joint = covering(small | {"partner": partner})
+    covering.augmentations, covering.paste_augmentations = covering.paste_augmentations, covering.augmentations
+    joint = covering(small | {"paste_source": source})
     assert joint["segment_classes"].tolist() == [1]
     assert (joint["segment_ids"] == 0).all()
 
 
 def test_padding_that_a_segment_covers_is_no_padding_any_more(tmp_path):
     wide = record(tmp_path, "wide", (60, 20), (10, 20, 30), 5, False)
-    joint = mapper()(wide | {"partner": record(tmp_path, "partner", (40, 40), (40, 50, 60), 1, True)})
+    joint = mapper()(wide | {"paste_source": record(tmp_path, "source", (40, 40), (40, 50, 60), 1, True)})
     padding = joint["segment_ids"] == -1
     assert (joint["image"][:, padding] == 127.5).all()
     assert not (joint["image"][:, ~padding] == 127.5).any()
     assert ((joint["image"][0] == 40) == (joint["segment_ids"] == joint["segment_classes"].tolist().index(1))).all()
 
 
-def test_partners_are_drawn_from_all_records_without_copies_of_them():
+def test_paste_sources_are_drawn_from_all_records_without_copies_of_them():
     records = [{"file_name": str(index)} for index in range(4)]
-    dataset = WithPartner(records)
-    drawn = [dataset[2]["partner"] for _ in range(2000)]
-    assert all(any(partner is one for one in records) for partner in drawn)
-    counts = np.bincount([int(partner["file_name"]) for partner in drawn]) / 2000
+    dataset = WithPasteSource(records)
+    drawn = [dataset[2]["paste_source"] for _ in range(2000)]
+    assert all(any(source is one for one in records) for source in drawn)
+    counts = np.bincount([int(source["file_name"]) for source in drawn]) / 2000
     np.testing.assert_allclose(counts, 1 / 4, atol=0.04)
     assert dataset[3]["file_name"] == "3"
     assert records[2] == {"file_name": "2"}
 
 
 def test_a_dataset_of_one_image_pastes_from_itself(tmp_path):
-    dataset = WithPartner(DatasetFromList([record(tmp_path, "only", (20, 20), (10, 20, 30), 1, True)]))
+    dataset = WithPasteSource(DatasetFromList([record(tmp_path, "only", (20, 20), (10, 20, 30), 1, True)]))
     sample = mapper()(dataset[0])
     assert sample["segment_classes"].tolist() == [1, 1]
     assert (sample["segment_ids"] == 1).sum() == 32 * 32
@@ -138,4 +138,4 @@ def test_a_dataset_of_one_image_pastes_from_itself(tmp_path):
 
 def test_an_iterable_dataset_is_refused():
     with pytest.raises(UserError, match=r"set INPUT\.COPY_PASTE False"):
-        WithPartner(ToIterableDataset([], SequentialSampler([])))
+        WithPasteSource(ToIterableDataset([], SequentialSampler([])))

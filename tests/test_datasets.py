@@ -99,17 +99,11 @@ def test_metadata_are_known_without_files():
 def environment(tmp_path, monkeypatch):
     """Datasets registered as by an import with $DETECTRON2_DATASETS set to a temporary folder."""
 
-    def register():
-        for name in LAYOUT:
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
-        importlib.reload(datasets)
-
     with monkeypatch.context() as changed:
         changed.setenv("DETECTRON2_DATASETS", str(tmp_path))
-        register()
+        importlib.reload(datasets)
         yield
-    register()
+    importlib.reload(datasets)
 
 
 @pytest.mark.usefixtures("environment")

@@ -1,14 +1,13 @@
 """The scripts in datasets/ on miniatures of the official layouts."""
 
-import importlib
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.cityscapes_panoptic import load_cityscapes_panoptic
+from miniature import load_script
 from panopticapi.utils import rgb2id
 from PIL import Image
 
@@ -16,13 +15,6 @@ from kmax_d2.data import panoptic_png
 from kmax_d2.data.check import unregistered
 from kmax_d2.data.datasets import ade20k, coco_panoptic, shapes
 from kmax_d2.errors import UserError
-
-SCRIPTS = Path(__file__).parents[1] / "datasets"
-
-
-def load_script(monkeypatch, name):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module(name)
 
 
 def faults(images, pngs, json_file):
@@ -55,8 +47,8 @@ def ade_id(category, instance=0):
 
 
 @pytest.fixture
-def ade(monkeypatch):
-    return load_script(monkeypatch, "prepare_ade20k_panoptic")
+def ade():
+    return load_script("prepare_ade20k_panoptic")
 
 
 @pytest.fixture
@@ -144,7 +136,7 @@ def test_ade20k_without_its_inputs(ade, ade_root):
 
 
 def test_coco_semantic(monkeypatch, tmp_path):
-    script = load_script(monkeypatch, "prepare_coco_semantic")
+    script = load_script("prepare_coco_semantic")
     coco = tmp_path / "coco"
     shapes.write_split(coco, "val2017", 3, 5)
     (coco / "annotations").mkdir()
@@ -172,9 +164,9 @@ def box(label, left, top, right, bottom):
 
 
 @pytest.fixture
-def cityscapes(monkeypatch):
+def cityscapes():
     pytest.importorskip("cityscapesscripts")
-    return load_script(monkeypatch, "prepare_cityscapes_panoptic")
+    return load_script("prepare_cityscapes_panoptic")
 
 
 @pytest.fixture
@@ -269,7 +261,7 @@ def test_png_and_its_annotation(tmp_path):
     for length in range(len(content) - 4):  # the last four bytes are the checksum of nothing
         file.write_bytes(content[:length])
         assert panoptic_png.read_annotation(file) is None
-        assert not panoptic_png.is_whole(file)
+        assert not load_script("prepare_common").is_whole(file)
     Image.new("RGB", (2, 2)).save(file)
     assert panoptic_png.read_annotation(file) is None
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
