@@ -34,7 +34,7 @@ def load_script(name):
 
 
 def miniature_coco(folder):
-    """`coco/` with the images as train2017, val2017 and test2017; instances are the things of the panoptic data."""
+    """Writes `coco/` with the same images in train2017, val2017 and test2017; instances are the panoptic things."""
     root = Path(folder) / "coco"
     content = json.loads((COCO_SAMPLE / "panoptic.json").read_text())
     things = [category for category in COCO_CATEGORIES if category["isthing"]]
@@ -74,7 +74,7 @@ def _write(file, content):
 
 
 def _prepare(name, root):
-    """Runs the project's script of a dataset."""
+    """Runs the project's script for a dataset."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         load_script(f"prepare_{name}_panoptic").main(["--root", str(root), "--workers", "1"])
 
@@ -83,7 +83,7 @@ def _prepare(name, root):
 
 
 def miniature_cityscapes(folder):
-    """`cityscapes/` with gtFine and leftImg8bit of train, val and test (images alone), panoptic images made."""
+    """Writes `cityscapes/` with gtFine (not of test) and leftImg8bit, and runs the project's script on it."""
     root = Path(folder) / "cityscapes"
     for split, cities in (("train", ("aachen", "bochum")), ("val", ("frankfurt", "munster")), ("test", ("berlin",))):
         for index, city in enumerate(cities):
@@ -100,7 +100,7 @@ def miniature_cityscapes(folder):
 
 
 def _scene(index):
-    """Cars that overlap, people, a rider on a bicycle, a group of cars, and what is not evaluated."""
+    """Overlapping cars, people, a rider on a bicycle, a group of cars, and regions that are not evaluated."""
     shift = 7 * index
     boxes = [
         ("sky", 0, 0, 127, 24),
@@ -131,23 +131,23 @@ def _paint(objects):
     return Image.fromarray(image)
 
 
-# --- ADE20K: drawn scenes, of whose two annotations the project's script makes the panoptic one ---
+# --- ADE20K: drawn scenes, whose panoptic annotations the project's script creates ---
 
 
 def miniature_ade20k(folder):
-    """`ADEChallengeData2016/` with images, semantic and instance annotations of both splits, panoptic data made."""
+    """Writes `ADEChallengeData2016/` with both kinds of annotations, and runs the project's script on it."""
     root = Path(folder) / "ADEChallengeData2016"
     for split, name in (("train", "training"), ("val", "validation")):
         for kind in ("images", "annotations", "annotations_instance"):
             (root / kind / name).mkdir(parents=True)
         for number in (1, 2):
-            semantic = np.zeros((48, 64), np.uint8)  # void where nothing else is
+            semantic = np.zeros((48, 64), np.uint8)  # void
             instances = np.zeros((48, 64, 3), np.uint8)
             semantic[:20], semantic[20:40] = 1, 4  # wall and floor
             for index, left in enumerate((3, 20, 40), start=1):
-                place = slice(12 + 3 * number, 30), slice(left, left + 13)
-                semantic[place] = 8  # beds
-                instances[place] = 1, index, 0
+                region = slice(12 + 3 * number, 30), slice(left, left + 13)
+                semantic[region] = 8  # beds
+                instances[region] = 1, index, 0
             semantic[2:8, 50:60] = 13  # a person in no instance: void in the panoptic data
             stem = f"ADE_{split}_{number:08d}"
             Image.fromarray(semantic).save(root / f"annotations/{name}/{stem}.png")
@@ -162,7 +162,7 @@ def miniature_ade20k(folder):
 
 @contextlib.contextmanager
 def registered(folder):
-    """Has COCO's, Cityscapes' and ADE20K's datasets read from a folder, without the environment's variable."""
+    """Registers COCO, Cityscapes and ADE20K below a folder, without the environment variable."""
     _register(str(folder))
     try:
         yield

@@ -23,7 +23,7 @@ def numpy_seeded():
 
 
 def sample(labels, classes, value):
-    """An image whose pixels are `value` + their label, which has the labels and classes."""
+    """An image whose pixels are `value` + their label, with the labels and classes."""
     labels = np.array(labels, np.int16)
     return np.stack([labels + value] * 3).astype(np.uint8), labels, classes
 
@@ -35,14 +35,14 @@ def test_all_things_and_a_uniform_number_of_stuff_are_pasted():
     assert not pasted[:, :2].any(), "padding or void was pasted"
     assert pasted[:, 2].all()
     stuff = pasted[:, 3:]
-    # n uniform from 0 to N and n of N at random: one is kept with 1/2, two with 1/3, three and none with 1/4.
+    # n is uniform from 0 to N, and n of N are kept: one with probability 1/2, two with 1/3, three and none with 1/4.
     np.testing.assert_allclose(stuff.mean(0), 1 / 2, atol=0.02)
     np.testing.assert_allclose((stuff[:, :2].all(1)).mean(), 1 / 3, atol=0.02)
     np.testing.assert_allclose(np.bincount(stuff.sum(1)) / 6000, 1 / 4, atol=0.02)
 
 
-def test_how_the_stuff_is_drawn_does_not_depend_on_what_else_is_counted():
-    """The official rule counts things, void and padding too; so it says, drawn word for word, the same of the stuff."""
+def test_the_distribution_of_stuff_does_not_depend_on_other_segments():
+    """The official rule, which also counts things, void and padding, keeps stuff with the same distribution."""
     counts = np.zeros(4)
     for _ in range(6000):
         segments = np.random.permutation(["void", "thing", "thing", "stuff", "stuff", "stuff"])
@@ -56,7 +56,7 @@ def test_image_labels_and_classes_agree_after_pasting():
     seen = set()
     for _ in range(50):
         image, labels, classes = copy_paste(first, second, THINGS)
-        # Where nothing was pasted the first image is left, with its labels.
+        # The first image and its labels remain where nothing was pasted.
         own = image[0] < 200
         assert np.array_equal(own, image[0] == first[0][0])
         np.testing.assert_array_equal(labels[own], first[1][own])
@@ -109,7 +109,7 @@ def test_a_mask_that_is_wholly_covered_disappears(tmp_path):
     assert (joint["segment_ids"] == 0).all()
 
 
-def test_padding_that_a_segment_covers_is_no_padding_any_more(tmp_path):
+def test_padding_covered_by_a_segment_is_no_longer_padding(tmp_path):
     wide = record(tmp_path, "wide", (60, 20), (10, 20, 30), 5, False)
     joint = mapper()(wide | {"paste_source": record(tmp_path, "source", (40, 40), (40, 50, 60), 1, True)})
     padding = joint["segment_ids"] == -1

@@ -1,4 +1,4 @@
-"""Augmentations keep image and labels together; the mapper gives what the model trains on."""
+"""Augmentations transform image and labels alike, and the mappers produce the model's inputs."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def records(tmp_path_factory):
 
 
 def labelled(height, width):
-    """An image whose every pixel says where it was, and labels that say the same."""
+    """An image and labels that encode the position of every pixel."""
     y, x = np.mgrid[:height, :width]
     image = np.stack([y, x, np.zeros_like(y)], axis=-1).astype(np.uint8)
     return image, (y * 3 + x * 5).astype(np.float32) + 1
@@ -123,7 +123,7 @@ def test_padding_is_exactly_zero_after_scaling(records, mean, dtype):
 
 
 def test_a_vertical_flip_moves_image_and_labels_alike(records):
-    """Half of the samples are upside down, in every other way equal."""
+    """Some samples are upside down and otherwise equal."""
     size = [records[0]["height"], records[0]["width"]]
     changes = {"CROP_SIZE": size, "SCALE_RANGE": [1.0, 1.0], "COLOR_POLICY": False, "RANDOM_FLIP": "vertical"}
     mapper = PanopticTrainMapper(load_config("", options(**{f"INPUT__{k}": v for k, v in changes.items()})))
@@ -152,12 +152,12 @@ def test_options_that_do_not_fit_are_refused(name, value):
         PanopticTrainMapper(load_config("", options(**{f"INPUT__{name}": value})))
 
 
-def test_only_masks_with_a_pixel_are_left_and_their_classes_with_them(tmp_path):
+def test_only_masks_with_a_pixel_and_their_classes_are_kept(tmp_path):
     ids = np.arange(1, 17).reshape(4, 4).repeat(20, 0).repeat(20, 1)
     record = write_record(tmp_path, ids, range(1, 17))
     for segment in record["segments_info"]:
         segment["category_id"] = segment["id"] + 100
-    # The image says the same as the labels.
+    # The image encodes the same as the labels.
     Image.fromarray(np.stack([ids] * 3, -1).astype(np.uint8)).save(record["file_name"])
     changes = {"CROP_SIZE": [33, 33], "FIT_CROP": False, "SCALE_RANGE": [1.0, 1.0], "COLOR_POLICY": False}
     mapper = PanopticTrainMapper(load_config("", options(**{f"INPUT__{k}": v for k, v in changes.items()})))
@@ -213,7 +213,7 @@ def test_ids_that_the_json_lacks_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("id_", [0, -1, 2**24])
-def test_ids_that_no_png_can_say_are_refused(tmp_path, id_):
+def test_ids_that_a_png_cannot_encode_are_refused(tmp_path, id_):
     with pytest.raises(UserError, match=rf"a segment of .*ids\.png has the id {id_} in the JSON"):
         read_segments(write_record(tmp_path, np.ones((4, 4), int), [1, id_]))
 
@@ -235,7 +235,7 @@ def test_same_seed_gives_the_same_sample(records):
     assert not torch.equal(first["segment_ids"], other["segment_ids"])
 
 
-def test_test_sample_fits_the_crop_and_knows_its_original_size(records):
+def test_test_sample_fits_the_crop_and_keeps_its_original_size(records):
     record = records[0]
     sample = PanopticTestMapper(load_config("", options(INPUT__CROP_SIZE=[65, 65])))(record)
     assert max(sample["image"].shape[1:]) == 65
@@ -243,13 +243,13 @@ def test_test_sample_fits_the_crop_and_knows_its_original_size(records):
     assert sample["image"].dtype == torch.uint8
 
 
-def test_exif_and_grey_images_are_read_as_a_person_sees_them(tmp_path):
-    grey = np.arange(60 * 40, dtype=np.uint8).reshape(60, 40)
+def test_gray_images_and_exif_orientation_are_read_as_displayed(tmp_path):
+    gray = np.arange(60 * 40, dtype=np.uint8).reshape(60, 40)
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned by 90 degrees
-    Image.fromarray(grey).save(tmp_path / "turned.png", exif=exif)
+    exif[0x0112] = 6  # displayed rotated by 90 degrees
+    Image.fromarray(gray).save(tmp_path / "turned.png", exif=exif)
     sample = PanopticTestMapper(size=None)({"file_name": str(tmp_path / "turned.png")})
-    assert np.array_equal(sample["image"][0], np.rot90(grey, -1))
+    assert np.array_equal(sample["image"][0], np.rot90(gray, -1))
     assert torch.equal(sample["image"][0], sample["image"][2])
 
 
@@ -262,7 +262,7 @@ def test_other_color_modes_are_read_as_their_colors(tmp_path, mode, file):
     assert np.abs(image.astype(int) - expected).max() <= 3
 
 
-def test_deep_images_and_sizes_that_the_record_contradicts_are_refused(tmp_path):
+def test_deep_images_and_sizes_unlike_the_record_are_refused(tmp_path):
     Image.fromarray(np.full((4, 6), 1000, np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(UserError, match=r"the image .*deep\.png has more than 8 bits per channel"):
         read_image({"file_name": str(tmp_path / "deep.png")})

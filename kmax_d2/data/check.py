@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
@@ -159,9 +159,9 @@ def _from_records(name: str) -> Dataset:
     return dataset
 
 
-def _well_formed(entries: object, fields: dict, what: str, json_file: str, faults: Faults) -> list[dict]:
+def _well_formed(entries: Any, fields: dict, what: str, json_file: str, faults: Faults) -> list[dict]:
     """Returns the entries whose fields have the right types; each of the others is a fault."""
-    good = []
+    good: list[dict] = []
     for entry in entries if isinstance(entries, list) else [entries]:
         known = entry if isinstance(entry, dict) else {}
         wrong = [key for key, kind in fields.items() if not isinstance(known.get(key), kind)]
@@ -220,9 +220,9 @@ def check_sample(sample: Sample) -> Findings:
     expected = sample.size
     image = _read(sample.image, "image", faults)
     if image is not None:
-        findings.size = image.shape[:2]
+        findings.size = (image.shape[0], image.shape[1])
         if expected is not None and tuple(expected) != findings.size:
-            faults.add("size mismatch", f"{sample.image} is {_size(findings.size)}, the JSON says {_size(expected)}")
+            faults.add("size mismatch", f"{sample.image} is {_size(image.shape)}, the JSON says {_size(expected)}")
     known = _known_segments(sample, faults)
     colors = _read(sample.png, "PNG", faults)
     if colors is None:

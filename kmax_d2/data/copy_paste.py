@@ -10,12 +10,12 @@ import numpy as np
 PASTE_SOURCE = "paste_source"  # a record's key for the record to paste from
 
 
-def copy_paste(
-    first: tuple[np.ndarray, np.ndarray, list[int]],
-    second: tuple[np.ndarray, np.ndarray, list[int]],
-    things: Collection[int],
-) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Pastes all things and a random subset of the stuff of the second image over the first, in place.
+# An image (3, H, W) uint8; labels (H, W) int16: -1 padding, 0 void, 1 + the index of the mask; each mask's class.
+LabeledImage = tuple[np.ndarray, np.ndarray, list[int]]
+
+
+def copy_paste(first: LabeledImage, second: LabeledImage, things: Collection[int]) -> LabeledImage:
+    """Pastes all things and a random subset of the stuff of the second image over the first, at the same position.
 
     The official rule draws a number n uniformly from 0 to the count of the second image's segments, void and padding
     included, keeps n at random, and pastes the kept stuff and all things. The distribution of the kept stuff does not
@@ -23,14 +23,13 @@ def copy_paste(
     both images becomes one mask.
 
     Args:
-        first, second: image (3, H, W) uint8, both of one size; labels (H, W) int16, -1 for padding, 0 for void and
-            1 + the index of the mask; and the class of each mask.
+        first, second: labeled images of the same size, which are not changed.
         things: the classes that are things.
 
     Returns:
-        The same for the combined image. Masks that are entirely covered remain in the list of classes.
+        The combined image. Masks that are entirely covered remain in its list of classes.
     """
-    image, labels, classes = (part.copy() for part in first)
+    image, labels, classes = first[0].copy(), first[1].copy(), first[2].copy()
     pasted_image, pasted_labels, pasted_classes = second
     stuff = [index for index, category in enumerate(pasted_classes) if category not in things]
     kept = set(np.random.permutation(stuff)[: np.random.randint(len(stuff) + 1)])

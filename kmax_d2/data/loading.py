@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
@@ -53,7 +54,7 @@ class WithPasteSource(Dataset):
         self.dataset = dataset
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> dict:
         return self.dataset[index] | {PASTE_SOURCE: self.dataset[np.random.randint(len(self))]}
@@ -110,7 +111,7 @@ def skip_samples(loader: Iterable, count: int) -> None:
 
     A loader without a sampler is left unchanged.
     """
-    stage = loader
+    stage: Any = loader
     while stage is not None and not isinstance(stage, ToIterableDataset):
         stage = getattr(stage, "dataset", None)
     if stage is not None:

@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from ..errors import UserError
 from .augmentation import RandomPadCrop, ResizeToFit
 from .color import ColorPolicy
-from .copy_paste import PASTE_SOURCE, copy_paste
+from .copy_paste import PASTE_SOURCE, LabeledImage, copy_paste
 from .panoptic_png import NUM_IDS
 
 MAPPER_REGISTRY = Registry("MAPPER")
@@ -163,7 +163,7 @@ class PanopticTrainMapper:
             "segment_classes": torch.tensor(classes, dtype=torch.int64)[torch.from_numpy(present)],
         }
 
-    def _augmented(self, record: dict, augmentations: T.AugmentationList) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    def _augmented(self, record: dict, augmentations: T.AugmentationList) -> LabeledImage:
         image = read_image(record)
         labels, classes = read_segments(record)
         if labels.shape != image.shape[:2]:
