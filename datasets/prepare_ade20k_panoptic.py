@@ -1,37 +1,35 @@
 #!/usr/bin/env python
-"""Makes ADE20K panoptic (150 classes, COCO format) of SceneParse150's semantic and instance annotations.
+"""Creates ADE20K panoptic (150 classes, COCO format) from SceneParse150's semantic and instance annotations.
 
-Stuff comes from the semantic map, things from the instance map, which lies over it where the two disagree. A pixel of a
-thing that is in no instance is void.
+Stuff comes from the semantic map, things from the instance map, which wins where the two disagree. A pixel of a thing
+class outside all instances is void.
 """
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import numpy as np
+from prepare_common import convert_split, find, make_panoptic, parse_args
 
 from kmax_d2.data.datasets import ade20k
 from kmax_d2.data.mapper import read_image
 from kmax_d2.data.panoptic_png import describe
-from kmax_d2.data.parallel import parallel_map
-from kmax_d2.data.prepare import find, make_folder, make_panoptic, parse_args, write_json
 from kmax_d2.errors import UserError, exit_on_user_error
 
 FOLDERS = {"train": "training", "val": "validation"}
-# The instance annotations number the things alone, from 1 on, in the order of all classes.
+# The instance annotations number only the things, from 1, in the order of all classes.
 THINGS = np.array([category["id"] for category in ade20k.CATEGORIES if category["isthing"]])
 STUFF = np.array([category["id"] for category in ade20k.CATEGORIES if not category["isthing"]])
 BASE = 1000  # a segment's id is BASE · (category id + 1) + its instance number
 
 
 def panoptic_ids(semantic: np.ndarray, instances: np.ndarray) -> np.ndarray:
-    """The id map (H, W), 0 for void.
+    """Combines the two annotations into an id map (H, W), 0 for void.
 
     Args:
         semantic: (H, W) uint8, 0 for void or 1 + the category id.
-        instances: (H, W, 2) uint8, the number of the thing class from 1 on, and the number of the instance, 0 for none.
+        instances: (H, W, 2) uint8, the number of the thing class, from 1, and that of the instance, 0 for none.
 
     Raises:
         UserError: an instance has no class, or the maps differ in size.
@@ -50,9 +48,9 @@ def panoptic_ids(semantic: np.ndarray, instances: np.ndarray) -> np.ndarray:
 
 
 def make(semantic: Path, instances: Path) -> tuple[np.ndarray, dict]:
-    """The id map of a pair of annotation files, and the JSON's entries. Raises UserError with the files' names."""
-    labels = read_image({"file_name": str(semantic)}, "RGB")[..., 0]
-    numbers = read_image({"file_name": str(instances)}, "RGB")[..., :2]
+    """Returns the id map of a pair of annotation files and the JSON's entries. Raises UserError with their names."""
+    labels = read_image({"file_name": str(semantic)})[..., 0]
+    numbers = read_image({"file_name": str(instances)})[..., :2]
     try:
         ids = panoptic_ids(labels, numbers)
     except UserError as error:
@@ -69,20 +67,19 @@ def make(semantic: Path, instances: Path) -> tuple[np.ndarray, dict]:
 
 
 def convert(semantic: Path, target: Path) -> dict:
-    """The JSON's entries of one image, whose PNG is made in the folder `target` where it is not there."""
+    """Returns the JSON's entries of one image, after creating its PNG in the folder `target` if needed."""
     instances = semantic.parents[2] / "annotations_instance" / semantic.parent.name / semantic.name
     return make_panoptic(target / semantic.name, lambda: make(semantic, instances))
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Converts the splits that a command line names."""
     args = parse_args(__doc__, "ADEChallengeData2016", list(FOLDERS), arguments)
     files = {split: find(args.root / "annotations" / FOLDERS[split], "*.png", "annotations") for split in args.splits}
     for split in args.splits:
         find(args.root / "annotations_instance" / FOLDERS[split], "*.png", "instance annotations")
     for split in args.splits:
-        target = make_folder(args.root / f"ade20k_panoptic_{split}")
-        entries = parallel_map(functools.partial(convert, target=target), files[split], split, args.workers)
-        write_json(target.with_suffix(".json"), entries, ade20k.CATEGORIES)
+        convert_split(convert, files[split], args.root / f"ade20k_panoptic_{split}", ade20k.CATEGORIES, args.workers)
 
 
 if __name__ == "__main__":

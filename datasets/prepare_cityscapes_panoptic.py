@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Makes what Detectron2's cityscapes_fine_panoptic reads and the downloads lack, by cityscapesscripts.
+"""Creates with cityscapesscripts the files that Detectron2's cityscapes_fine_panoptic needs beyond the downloads.
 
 These are *_gtFine_labelTrainIds.png beside the polygons, and gtFine/cityscapes_panoptic_{train,val} with their JSONs.
-*_labelIds.png and *_instanceIds.png, which the download has, are made of the polygons where they are missing.
+*_labelIds.png and *_instanceIds.png, part of the download, are recreated from the polygons if they are missing.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ import functools
 import io
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from panopticapi.utils import rgb2id
 from PIL import Image
+from prepare_common import convert_split, find, is_whole, make_panoptic, parse_args
 
-from kmax_d2.data.panoptic_png import is_whole, written_whole
-from kmax_d2.data.parallel import parallel_map
-from kmax_d2.data.prepare import find, make_folder, make_panoptic, parse_args, write_json
+from kmax_d2.data.panoptic_png import written_whole
 from kmax_d2.errors import UserError, exit_on_user_error
 
 try:
@@ -37,26 +36,26 @@ POLYGONS = "_polygons.json"
 
 
 @contextlib.contextmanager
-def polygons_of(file: Path):
-    """What cityscapesscripts says of broken polygons, by printing or by any exception, as a UserError."""
-    said = io.StringIO()
+def polygons_of(file: Path) -> Iterator[None]:
+    """Turns what cityscapesscripts prints or raises for broken polygons into a UserError."""
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(printed):
             yield
     except (Exception, SystemExit) as error:
-        reason = said.getvalue().strip().splitlines()[0:1] or [repr(error)]
+        reason = printed.getvalue().strip().splitlines()[0:1] or [repr(error)]
         raise UserError(f"cannot draw the polygons {file}: {reason[0]}") from error
 
 
 def draw_instances(polygons: str, file: str) -> None:
-    """Draws the instance ids as json2instanceImg does, which saves 32 bits; new versions of Pillow refuse that."""
+    """Draws instance ids as json2instanceImg does, but with 16 bits: new versions of Pillow refuse to save its 32."""
     annotation = Annotation()
     annotation.fromJsonFile(polygons)
     createInstanceImage(annotation, "ids").convert("I;16").save(file)
 
 
 def make_label_images(polygons: Path) -> Path:
-    """Makes the label images of one annotation that are not there whole; gives that of the instances."""
+    """Creates the missing or truncated label images of one annotation; returns that of the instances."""
     made = {}
     kinds: dict[str, Callable[[str, str], None]] = {
         "labelIds": json2labelImg,
@@ -72,8 +71,8 @@ def make_label_images(polygons: Path) -> Path:
 
 
 def make(instances: Path) -> tuple[np.ndarray, dict]:
-    """The panoptic id map (H, W) of an instance image, and the JSON's entries, as cityscapesscripts makes them."""
-    # It converts whole folders, one file after the other; a folder of one file each lets them go in parallel.
+    """Returns the id map (H, W) of an instance image and the JSON's entries, both from cityscapesscripts."""
+    # It converts whole folders, one file at a time; one folder per file lets files be converted in parallel.
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
         city = Path(scratch) / "one" / "city"
         city.mkdir(parents=True)
@@ -86,14 +85,14 @@ def make(instances: Path) -> tuple[np.ndarray, dict]:
 
 
 def convert(polygons: Path, target: Path) -> dict:
-    """The JSON's entries of one image; its files are made where they are not there, the PNG in the folder `target`."""
+    """Returns the JSON's entries of one image, after creating its files if needed, the PNG in the folder `target`."""
     instances = make_label_images(polygons)
     file = target / polygons.name.replace(POLYGONS, "_panoptic.png")
     return make_panoptic(file, lambda: make(instances))
 
 
 def categories() -> list[dict]:
-    """The JSON's categories, as cityscapesscripts writes them."""
+    """Returns the JSON's categories, as cityscapesscripts writes them."""
     return [
         {
             "id": label.id,
@@ -108,13 +107,13 @@ def categories() -> list[dict]:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Converts the splits that a command line names."""
     args = parse_args(__doc__, "cityscapes", ["train", "val"], arguments)
     ground_truth = args.root / "gtFine"
     files = {split: find(ground_truth / split, f"*/*_gtFine{POLYGONS}", "annotations") for split in args.splits}
     for split in args.splits:
-        target = make_folder(ground_truth / f"cityscapes_panoptic_{split}")
-        entries = parallel_map(functools.partial(convert, target=target), files[split], split, args.workers)
-        write_json(target.with_suffix(".json"), entries, categories())
+        target = ground_truth / f"cityscapes_panoptic_{split}"
+        convert_split(convert, files[split], target, categories(), args.workers)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Makes semantic PNGs of COCO's panoptic ones: contiguous classes 0 to 132, 255 for void.
+"""Creates semantic PNGs from COCO's panoptic ones: contiguous classes 0 to 132, 255 for void.
 
-Nothing in this project needs them: training and evaluation read the panoptic PNGs. They are for other semantic tools.
+They are meant for other semantic tools: training and evaluation here read the panoptic PNGs.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from prepare_common import is_whole, parse_args
 
 from kmax_d2.data.datasets import coco_panoptic
-from kmax_d2.data.panoptic_png import is_whole, written_whole
-from kmax_d2.data.parallel import parallel_map
-from kmax_d2.data.prepare import make_folder, parse_args
+from kmax_d2.data.panoptic_png import make_folder, written_whole
 from kmax_d2.errors import exit_on_user_error
 from kmax_d2.evaluation.semantic import SemanticGroundTruth
+from kmax_d2.parallel import parallel_map
 
 VOID = 255
 
 
 def convert(record: dict, target: Path) -> None:
-    """Makes one PNG in the folder `target`, where it is not there."""
+    """Creates one PNG in the folder `target` if it is missing or truncated."""
     png = record["pan_seg_file_name"]
     file = target / Path(png).name
     if is_whole(file):
@@ -34,6 +34,7 @@ def convert(record: dict, target: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Converts the splits that a command line names."""
     args = parse_args(__doc__, "coco", ["train", "val"], arguments)
     for split in args.splits:
         name = f"{split}2017"

@@ -178,7 +178,7 @@ def describe(segments: list[dict], class_names: list[str]) -> str:
 def segment_file(model: nn.Module, mapper: PanopticTestMapper, file: Path, metadata, output: str, pages: bool) -> str:
     """Segments one image, writes `output`.png and perhaps `output`_assignments.png, and gives a summary."""
     start = time.perf_counter()
-    image = read_image({"file_name": str(file)}, "RGB")
+    image = read_image({"file_name": str(file)})
     record = mapper({"file_name": str(file)})
     with torch.no_grad():
         segment_ids, segments = model([record])[0]["panoptic_seg"]

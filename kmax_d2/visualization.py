@@ -175,14 +175,14 @@ def result_page(model: nn.Module, record: dict, metadata) -> np.ndarray:
         (H, W, 3) uint8, RGB: a :func:`page` of three columns.
     """
     if "image" not in record:
-        record = PanopticTestMapper(size=model.test_size, image_format=model.input_format)(record)
+        record = PanopticTestMapper(size=model.test_size)(record)
     training = model.training
     model.eval()
     try:
         segment_ids, segments = model([record])[0]["panoptic_seg"]
     finally:
         model.train(training)
-    image = read_image(record, "RGB")
+    image = read_image(record)
     panels = [("input", enlarged(image))]
     if "pan_seg_file_name" in record:
         true_ids, classes = read_segments(record)

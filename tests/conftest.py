@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""Fixtures shared by several test files."""
 
 import pytest
 import reference
@@ -6,7 +6,7 @@ import torch
 
 from kmax_d2.checkpoint import official_to_state_dict
 
-# The tensors are small: more threads would only wait for each other, for minutes where the machine is busy.
+# The tensors are small: more threads would only wait for each other, for minutes on a busy machine.
 torch.set_num_threads(1)
 
 
@@ -17,12 +17,12 @@ def seeded():
 
 @pytest.fixture(scope="session")
 def coco_model():
-    """ResNet-50 on COCO at full size, in inference mode, with the reference's values. Tests must leave it as it is."""
+    """ResNet-50 on COCO at full size, in inference mode, with the reference's values. Tests must not change it."""
     state_dict = official_to_state_dict(reference.official_variables("coco_r50"))
     return reference.load_all(reference.build("coco/r50"), state_dict)
 
 
 @pytest.fixture(scope="session")
 def shapes_cache(tmp_path_factory):
-    """A folder in which the embedded dataset is drawn once."""
+    """A folder in which the embedded dataset is drawn once per session."""
     return tmp_path_factory.mktemp("shapes_cache")

@@ -1,4 +1,4 @@
-"""Values that are the same everywhere, each a function of a name and a shape.
+"""Values that are the same on every machine, each a function of a name and a shape.
 
 The reference outputs in tests/data were computed by the official implementations with every
 variable set by `checkpoint_value` (TensorFlow names) or `state_dict_value` (PyTorch names), on the
@@ -15,7 +15,7 @@ def _generator(name: str) -> np.random.RandomState:
 
 
 def checkpoint_value(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Float32 value of one variable of an official TensorFlow checkpoint.
+    """Returns the float32 value of one variable of an official TensorFlow checkpoint.
 
     `name` is the checkpoint key without its '/.ATTRIBUTES/VARIABLE_VALUE' ending, e.g.
     'encoder/_stem/_conv/kernel'; `shape` is the variable's TensorFlow shape.
@@ -50,9 +50,9 @@ def checkpoint_value(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def state_dict_value(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Value of one entry of the public PyTorch re-implementation's state dict.
+    """Returns the value of one entry of the public PyTorch re-implementation's state dict.
 
-    Float32, but for 'num_batches_tracked', which is an int64 zero.
+    Float32, except for 'num_batches_tracked', which is an int64 zero.
     """
     leaf = name.split(".")[-1]
     if leaf == "num_batches_tracked":
@@ -80,7 +80,7 @@ def state_dict_value(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def image(name: str, height: int, width: int) -> np.ndarray:
-    """A smooth noisy RGB image, uint8 of shape (height, width, 3)."""
+    """Returns a smooth, noisy RGB image, uint8 of shape (height, width, 3)."""
     rng = _generator("image:" + name)
     coarse = rng.uniform(0, 255, size=(height // 16 + 2, width // 16 + 2, 3))
     ys = np.linspace(0, coarse.shape[0] - 1.001, height)
@@ -98,5 +98,5 @@ def image(name: str, height: int, width: int) -> np.ndarray:
 
 
 def prediction(name: str, shape: tuple[int, ...], scale: float = 1.0) -> np.ndarray:
-    """Float32 normal values: the stand-in for one predicted tensor of a loss reference."""
+    """Returns float32 normal values in place of a predicted tensor of a loss reference."""
     return (_generator("prediction:" + name).standard_normal(size=shape) * scale).astype(np.float32)

@@ -1,10 +1,11 @@
-"""COCO, Cityscapes and ADE20K with two images a split, in their official layouts below a DETECTRON2_DATASETS folder."""
+"""COCO, Cityscapes and ADE20K with two images per split, in their official layouts below one folder."""
 
 import contextlib
+import importlib
 import io
 import json
 import os
-import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +17,24 @@ from detectron2.data.datasets.coco_panoptic import register_coco_panoptic
 from panopticapi.utils import rgb2id
 from PIL import Image
 
-from kmax_d2.data.datasets import ade20k, test_sets
+from kmax_d2.data.datasets import register_all
 
 COCO_SAMPLE = Path(__file__).parent / "data" / "coco_sample"
-SCRIPTS = Path(__file__).parents[1] / "datasets"
+SCRIPTS = str(Path(__file__).parents[1] / "datasets")
+
+
+def load_script(name):
+    """Imports a script of datasets/ with that folder on the search path, as in a run of the script."""
+    if SCRIPTS not in sys.path:
+        sys.path.insert(0, SCRIPTS)
+    return importlib.import_module(name)
 
 
 # --- COCO: two real images with crowds, at a third of their size ---
 
 
 def miniature_coco(folder):
-    """`coco/` with the images as train2017, val2017 and test2017; instances are the things of the panoptic data."""
+    """Writes `coco/` with the same images in train2017, val2017 and test2017; instances are the panoptic things."""
     root = Path(folder) / "coco"
     content = json.loads((COCO_SAMPLE / "panoptic.json").read_text())
     things = [category for category in COCO_CATEGORIES if category["isthing"]]
@@ -66,16 +74,16 @@ def _write(file, content):
 
 
 def _prepare(name, root):
-    """Runs the project's script of a dataset."""
+    """Runs the project's script for a dataset."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        runpy.run_path(str(SCRIPTS / f"prepare_{name}_panoptic.py"))["main"](["--root", str(root), "--workers", "1"])
+        load_script(f"prepare_{name}_panoptic").main(["--root", str(root), "--workers", "1"])
 
 
 # --- Cityscapes: drawn scenes, whose polygons cityscapesscripts turns into ground truth ---
 
 
 def miniature_cityscapes(folder):
-    """`cityscapes/` with gtFine and leftImg8bit of train, val and test (images alone), panoptic images made."""
+    """Writes `cityscapes/` with gtFine (not of test) and leftImg8bit, and runs the project's script on it."""
     root = Path(folder) / "cityscapes"
     for split, cities in (("train", ("aachen", "bochum")), ("val", ("frankfurt", "munster")), ("test", ("berlin",))):
         for index, city in enumerate(cities):
@@ -92,7 +100,7 @@ def miniature_cityscapes(folder):
 
 
 def _scene(index):
-    """Cars that overlap, people, a rider on a bicycle, a group of cars, and what is not evaluated."""
+    """Overlapping cars, people, a rider on a bicycle, a group of cars, and regions that are not evaluated."""
     shift = 7 * index
     boxes = [
         ("sky", 0, 0, 127, 24),
@@ -123,23 +131,23 @@ def _paint(objects):
     return Image.fromarray(image)
 
 
-# --- ADE20K: drawn scenes, of whose two annotations the project's script makes the panoptic one ---
+# --- ADE20K: drawn scenes, whose panoptic annotations the project's script creates ---
 
 
 def miniature_ade20k(folder):
-    """`ADEChallengeData2016/` with images, semantic and instance annotations of both splits, panoptic data made."""
+    """Writes `ADEChallengeData2016/` with both kinds of annotations, and runs the project's script on it."""
     root = Path(folder) / "ADEChallengeData2016"
     for split, name in (("train", "training"), ("val", "validation")):
         for kind in ("images", "annotations", "annotations_instance"):
             (root / kind / name).mkdir(parents=True)
         for number in (1, 2):
-            semantic = np.zeros((48, 64), np.uint8)  # void where nothing else is
+            semantic = np.zeros((48, 64), np.uint8)  # void
             instances = np.zeros((48, 64, 3), np.uint8)
             semantic[:20], semantic[20:40] = 1, 4  # wall and floor
             for index, left in enumerate((3, 20, 40), start=1):
-                place = slice(12 + 3 * number, 30), slice(left, left + 13)
-                semantic[place] = 8  # beds
-                instances[place] = 1, index, 0
+                region = slice(12 + 3 * number, 30), slice(left, left + 13)
+                semantic[region] = 8  # beds
+                instances[region] = 1, index, 0
             semantic[2:8, 50:60] = 13  # a person in no instance: void in the panoptic data
             stem = f"ADE_{split}_{number:08d}"
             Image.fromarray(semantic).save(root / f"annotations/{name}/{stem}.png")
@@ -154,7 +162,7 @@ def miniature_ade20k(folder):
 
 @contextlib.contextmanager
 def registered(folder):
-    """Has COCO's, Cityscapes' and ADE20K's datasets read from a folder, without the environment's variable."""
+    """Registers COCO, Cityscapes and ADE20K below a folder, without the environment variable."""
     _register(str(folder))
     try:
         yield
@@ -165,7 +173,7 @@ def registered(folder):
 def _register(root):
     coco = {f"coco_2017_{split}_panoptic": f"{split}2017" for split in ("train", "val")}
     cityscapes = [f"cityscapes_fine_panoptic_{split}" for split in ("train", "val")]
-    for name in [*coco, *cityscapes, "ade20k_panoptic_train", "ade20k_panoptic_val"]:
+    for name in [*coco, *cityscapes]:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     for name, split in coco.items():
@@ -178,5 +186,4 @@ def _register(root):
             os.path.join(root, "coco", "annotations", f"instances_{split}.json"),
         )
     register_all_cityscapes_panoptic(root)
-    ade20k.register(root)
-    test_sets.register(root)
+    register_all(root)

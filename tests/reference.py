@@ -1,4 +1,4 @@
-"""Reads the reference values in tests/data and builds the model and the predictions that they belong to."""
+"""Reads the reference values in tests/data and builds the corresponding model and predictions."""
 
 import gzip
 import json
@@ -17,35 +17,35 @@ DATA = Path(__file__).parent / "data"
 
 
 def load(name):
-    """The arrays of data/<name>.npz by name."""
+    """Returns the arrays of data/<name>.npz by name."""
     with np.load(DATA / f"{name}.npz") as arrays:
         return dict(arrays)
 
 
 def shapes(name):
-    """Name and shape of everything in data/<name>.json.gz: an official checkpoint's variables or a state dict's."""
+    """Returns name and shape of all entries of data/<name>.json.gz, an official checkpoint or a state dict."""
     with gzip.open(DATA / f"{name}.json.gz", "rt") as file:
         return {name: tuple(shape) for name, shape in json.load(file).items()}
 
 
 def official_variables(tag="coco_r50"):
-    """The reference's value of every variable of an official checkpoint."""
+    """Returns the reference's value of every variable of an official checkpoint."""
     return {name: deterministic.checkpoint_value(name, shape) for name, shape in shapes(f"variables_{tag}").items()}
 
 
 def build(config, *options):
-    """The model of a config, such as "coco/r50", in inference mode on the CPU."""
+    """Builds the model of a config, such as "coco/r50", in inference mode on the CPU."""
     return build_model(load_config(config, ["MODEL.DEVICE", "cpu", "MODEL.KMAX.NORM", "BN", *options])).eval()
 
 
 def outline(config):
-    """The model of a config without memory for its values: names and shapes alone."""
+    """Builds the model of a config with names and shapes only, without memory for its values."""
     with torch.device("meta"):
         return build(config, "MODEL.DEVICE", "meta")
 
 
 def load_all(model, state_dict):
-    """Loads a state dict that must hold all of the model and nothing else."""
+    """Loads a state dict that must have all entries of the model and no others."""
     unloaded = model.load_state_dict(state_dict, strict=False)
     assert not unloaded.unexpected_keys
     assert all(name.endswith("num_batches_tracked") for name in unloaded.missing_keys)
@@ -58,7 +58,7 @@ def channels_first(array):
 
 
 def loss_inputs(tag):
-    """What the official losses in loss_<tag>.npz were computed from.
+    """Returns the inputs from which the official losses in loss_<tag>.npz were computed.
 
     Returns:
         the final prediction, the six auxiliary ones, semantic logits (B, K or K + 1, h', w'), the targets and the

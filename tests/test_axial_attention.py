@@ -1,29 +1,13 @@
-"""Axial attention against loops over the positions, written from its definition."""
+"""Axial attention against loops over the positions, written from its definition, in double precision."""
 
 import pytest
 import torch
+from small import plain_norm, randomize_norms
 from torch import nn
 
 from kmax_d2.modeling.axial_attention import AxialAttention1D, AxialBlock
 
 HEADS = 8
-
-
-def randomise_norms(module):
-    """Gains, biases and running statistics that all matter."""
-    for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.uniform_(norm.weight, 0.5, 1.5)
-            nn.init.normal_(norm.bias, std=0.3)
-            nn.init.normal_(norm.running_mean, std=0.3)
-            nn.init.uniform_(norm.running_var, 0.5, 2)
-    return module
-
-
-def plain_norm(norm, x, training):
-    """Batch norm of x (rows, channels), by the batch's own statistics in training."""
-    mean, variance = (x.mean(0), x.var(0, unbiased=False)) if training else (norm.running_mean, norm.running_var)
-    return (x - mean) / (variance + 1e-3).sqrt() * norm.weight + norm.bias
 
 
 def plain_attention(module, x, training):
@@ -36,7 +20,7 @@ def plain_attention(module, x, training):
     parts = qkv[:, :base], qkv[:, base : 2 * base], qkv[:, 2 * base :]
     q, k, v = (t.reshape(batch * width, length, HEADS, -1) for t in parts)
     distance = [[m - i + 254 for m in range(length)] for i in range(length)]
-    logits = torch.zeros(batch * width, length, length, 3, HEADS)
+    logits = x.new_zeros(batch * width, length, length, 3, HEADS)
     for i in range(length):
         for m in range(length):
             d = distance[i][m]
@@ -45,7 +29,7 @@ def plain_attention(module, x, training):
             logits[:, i, m, 2] = (k[:, m] * module.key_positions[d]).sum(-1)
     logits = plain_norm(module.norm_logits, logits.reshape(-1, 3 * HEADS), training)
     attention = logits.reshape(batch * width, length, length, 3, HEADS).sum(3).softmax(2)
-    retrieved = torch.zeros(batch * width, length, 2, HEADS, v.shape[-1])
+    retrieved = x.new_zeros(batch * width, length, 2, HEADS, v.shape[-1])
     for i in range(length):
         for m in range(length):
             share = attention[:, i, m, :, None]
@@ -60,15 +44,15 @@ def plain_attention(module, x, training):
 @pytest.mark.parametrize("axis", ["height", "width"])
 @torch.no_grad()
 def test_equals_loops_over_positions(axis, training):
-    module = randomise_norms(AxialAttention1D(12, 16, axis, norm="BN"))
-    x = torch.randn(2, 12, 5, 3)
+    module = randomize_norms(AxialAttention1D(12, 16, axis, norm="BN")).double()
+    x = torch.randn(2, 12, 5, 3).double()
     if axis == "height":
         expected = plain_attention(module, x, training)
     else:
         expected = plain_attention(module, x.transpose(2, 3), training).transpose(2, 3)
     out = module.train(training)(x)
     assert out.shape == (2, 32, 5, 3)
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out, expected)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -76,7 +60,7 @@ def test_equals_loops_over_positions(axis, training):
 @torch.no_grad()
 def test_stride_drops_positions_of_the_axis_afterwards(axis, kept, training):
     """Statistics in training are over all positions, also those that are dropped."""
-    plain = randomise_norms(AxialAttention1D(12, 16, axis, norm="BN")).train(training)
+    plain = randomize_norms(AxialAttention1D(12, 16, axis, norm="BN")).train(training)
     strided = AxialAttention1D(12, 16, axis, norm="BN", stride=2).train(training)
     strided.load_state_dict(plain.state_dict())
     x = torch.randn(2, 12, 5, 6)
@@ -84,18 +68,17 @@ def test_stride_drops_positions_of_the_axis_afterwards(axis, kept, training):
     expected = expected[:, :, ::2] if axis == "height" else expected[..., ::2]
     out = strided(x)
     assert out.shape[-2:] == kept
-    torch.testing.assert_close(out, expected, rtol=0, atol=0)
-    for name, buffer in strided.named_buffers():
-        assert torch.equal(buffer, plain.get_buffer(name)), name
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(dict(strided.named_buffers()), dict(plain.named_buffers()), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_width_is_height_of_the_transposed_map(training):
-    height = randomise_norms(AxialAttention1D(12, 16, "height", norm="BN")).train(training)
+    height = randomize_norms(AxialAttention1D(12, 16, "height", norm="BN")).train(training)
     width = AxialAttention1D(12, 16, "width", norm="BN").train(training)
     width.load_state_dict(height.state_dict())
     x = torch.randn(2, 12, 6, 9)
-    torch.testing.assert_close(width(x), height(x.transpose(2, 3)).transpose(2, 3))
+    torch.testing.assert_close(width(x), height(x.transpose(2, 3)).transpose(2, 3), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("axis", ["height", "width"])
@@ -103,16 +86,16 @@ def test_width_is_height_of_the_transposed_map(training):
 @torch.no_grad()
 def test_lengths_up_to_255(axis, length):
     """The last positions that a table has are those that the two ends see of each other."""
-    module = randomise_norms(AxialAttention1D(8, 8, axis, norm="BN")).eval()
+    module = randomize_norms(AxialAttention1D(8, 8, axis, norm="BN")).eval()
     x = torch.randn(1, 8, length, 1) if axis == "height" else torch.randn(1, 8, 1, length)
     before = module(x).flatten(2)
     assert torch.isfinite(before).all()
     module.value_positions[254 + length - 1] += 1000
-    changed = (module(x).flatten(2) - before).abs().amax((0, 1)) > 0
+    changed = (module(x).flatten(2) - before).abs().amax((0, 1)) > 0.01
     assert changed.nonzero().flatten().tolist() == [0]
     before = module(x).flatten(2)
     module.value_positions[254 - (length - 1)] += 1000
-    changed = (module(x).flatten(2) - before).abs().amax((0, 1)) > 0
+    changed = (module(x).flatten(2) - before).abs().amax((0, 1)) > 0.01
     assert changed.nonzero().flatten().tolist() == [length - 1]
 
 
@@ -137,13 +120,13 @@ def test_block(in_channels, stride):
 
     With a stride, rows are dropped before the columns attend to each other.
     """
-    block = randomise_norms(AxialBlock(in_channels, 8, norm="BN", stride=stride)).eval()
-    x = torch.randn(2, in_channels, 5, 3)
+    block = randomize_norms(AxialBlock(in_channels, 8, norm="BN", stride=stride)).double().eval()
+    x = torch.randn(2, in_channels, 5, 3).double()
     active = nn.functional.gelu(x)
 
     def conv(layer, y):
         y = nn.functional.conv2d(y, layer.conv.weight)
-        return plain_norm(layer.norm, y.permute(0, 2, 3, 1), False).permute(0, 3, 1, 2)
+        return plain_norm(layer.norm, y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     y = nn.functional.gelu(conv(block.conv1, active))
     y = plain_attention(block.height_attention, y, False)[:, :, ::stride]
@@ -151,10 +134,10 @@ def test_block(in_channels, stride):
     y = conv(block.conv3, nn.functional.gelu(y))
     shortcut = active[..., ::stride, ::stride]
     expected = y + (shortcut if in_channels == 32 and stride == 1 else conv(block.shortcut, shortcut))
-    torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(block(x), expected)
 
 
 def test_block_starts_as_its_shortcut():
     block = AxialBlock(32, 8, norm="BN")
     x = torch.randn(2, 32, 4, 3)
-    torch.testing.assert_close(block(x), nn.functional.gelu(x))
+    torch.testing.assert_close(block(x), nn.functional.gelu(x), rtol=1e-5, atol=1e-5)

@@ -8,8 +8,7 @@ import sys
 import pytest
 import torch
 from detectron2.modeling import build_model
-from small import options
-from test_axial_attention import randomise_norms
+from small import options, randomize_norms
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch._inductor.cudagraph_trees import MarkStepBox
@@ -41,7 +40,7 @@ def nothing_compiled():
 def model():
     cfg = load_config("", options(**TINY))
     choose_device(cfg)
-    model = randomise_norms(build_model(cfg))
+    model = randomize_norms(build_model(cfg))
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

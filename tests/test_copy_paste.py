@@ -1,4 +1,4 @@
-"""Copy-paste: what is pasted follows the official rule, image and labels agree, and partners come from the dataset."""
+"""Copy-paste follows the official rule, image and labels agree, and paste sources come from the dataset."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from PIL import Image
 from small import options
 from torch.utils.data import SequentialSampler
 
-from kmax_d2.data import PanopticTrainMapper, WithPartner
+from kmax_d2.data import PanopticTrainMapper, WithPasteSource
 from kmax_d2.data.copy_paste import copy_paste
 from kmax_d2.engine import load_config
 from kmax_d2.errors import UserError
@@ -23,7 +23,7 @@ def numpy_seeded():
 
 
 def sample(labels, classes, value):
-    """An image whose pixels are `value` + their label, which has the labels and classes."""
+    """An image whose pixels are `value` + their label, with the labels and classes."""
     labels = np.array(labels, np.int16)
     return np.stack([labels + value] * 3).astype(np.uint8), labels, classes
 
@@ -35,14 +35,14 @@ def test_all_things_and_a_uniform_number_of_stuff_are_pasted():
     assert not pasted[:, :2].any(), "padding or void was pasted"
     assert pasted[:, 2].all()
     stuff = pasted[:, 3:]
-    # n uniform from 0 to N and n of N at random: one is kept with 1/2, two with 1/3, three and none with 1/4.
+    # n is uniform from 0 to N, and n of N are kept: one with probability 1/2, two with 1/3, three and none with 1/4.
     np.testing.assert_allclose(stuff.mean(0), 1 / 2, atol=0.02)
     np.testing.assert_allclose((stuff[:, :2].all(1)).mean(), 1 / 3, atol=0.02)
     np.testing.assert_allclose(np.bincount(stuff.sum(1)) / 6000, 1 / 4, atol=0.02)
 
 
-def test_how_the_stuff_is_drawn_does_not_depend_on_what_else_is_counted():
-    """The official rule counts things, void and padding too; so it says, drawn word for word, the same of the stuff."""
+def test_the_distribution_of_stuff_does_not_depend_on_other_segments():
+    """The official rule, which also counts things, void and padding, keeps stuff with the same distribution."""
     counts = np.zeros(4)
     for _ in range(6000):
         segments = np.random.permutation(["void", "thing", "thing", "stuff", "stuff", "stuff"])
@@ -56,7 +56,7 @@ def test_image_labels_and_classes_agree_after_pasting():
     seen = set()
     for _ in range(50):
         image, labels, classes = copy_paste(first, second, THINGS)
-        # Where nothing was pasted the first image is left, with its labels.
+        # The first image and its labels remain where nothing was pasted.
         own = image[0] < 200
         assert np.array_equal(own, image[0] == first[0][0])
         np.testing.assert_array_equal(labels[own], first[1][own])
@@ -85,52 +85,52 @@ def mapper(**changes):
     )
 
 
-def test_the_partner_goes_through_the_pipeline_at_half_the_scale(tmp_path):
+def test_the_paste_source_goes_through_the_pipeline_at_half_the_scale(tmp_path):
     first = record(tmp_path, "first", (20, 20), (10, 20, 30), 5, False)
-    partner = record(tmp_path, "partner", (40, 40), (40, 50, 60), 2, True)
-    joint = mapper()(first | {"partner": partner})
-    assert "partner" not in joint
+    source = record(tmp_path, "source", (40, 40), (40, 50, 60), 2, True)
+    joint = mapper()(first | {"paste_source": source})
+    assert "paste_source" not in joint
     assert joint["segment_classes"].tolist() == [5, 2]
     assert (joint["segment_ids"] == 1).sum() == 32 * 32  # half of the crop's 65
-    assert joint["image"].dtype == torch.uint8, "padding of the partner was pasted"
+    assert joint["image"].dtype == torch.uint8, "padding of the paste source was pasted"
     colors = torch.tensor([[10, 20, 30], [40, 50, 60]], dtype=torch.uint8)
     assert torch.equal(joint["image"], colors[joint["segment_ids"].long()].permute(2, 0, 1))
-    offsets = {tuple((mapper()(first | {"partner": partner})["segment_ids"] == 1).nonzero()[0]) for _ in range(4)}
+    offsets = {tuple((mapper()(first | {"paste_source": source})["segment_ids"] == 1).nonzero()[0]) for _ in range(4)}
     assert len(offsets) > 1
 
 
 def test_a_mask_that_is_wholly_covered_disappears(tmp_path):
     small = record(tmp_path, "small", (20, 20), (10, 20, 30), 0, True)
-    partner = record(tmp_path, "partner", (40, 40), (40, 50, 60), 1, True)
+    source = record(tmp_path, "source", (40, 40), (40, 50, 60), 1, True)
     covering = mapper()
-    covering.augmentations, covering.partner_augmentations = covering.partner_augmentations, covering.augmentations
-    joint = covering(small | {"partner": partner})
+    covering.augmentations, covering.paste_augmentations = covering.paste_augmentations, covering.augmentations
+    joint = covering(small | {"paste_source": source})
     assert joint["segment_classes"].tolist() == [1]
     assert (joint["segment_ids"] == 0).all()
 
 
-def test_padding_that_a_segment_covers_is_no_padding_any_more(tmp_path):
+def test_padding_covered_by_a_segment_is_no_longer_padding(tmp_path):
     wide = record(tmp_path, "wide", (60, 20), (10, 20, 30), 5, False)
-    joint = mapper()(wide | {"partner": record(tmp_path, "partner", (40, 40), (40, 50, 60), 1, True)})
+    joint = mapper()(wide | {"paste_source": record(tmp_path, "source", (40, 40), (40, 50, 60), 1, True)})
     padding = joint["segment_ids"] == -1
     assert (joint["image"][:, padding] == 127.5).all()
     assert not (joint["image"][:, ~padding] == 127.5).any()
     assert ((joint["image"][0] == 40) == (joint["segment_ids"] == joint["segment_classes"].tolist().index(1))).all()
 
 
-def test_partners_are_drawn_from_all_records_without_copies_of_them():
+def test_paste_sources_are_drawn_from_all_records_without_copies_of_them():
     records = [{"file_name": str(index)} for index in range(4)]
-    dataset = WithPartner(records)
-    drawn = [dataset[2]["partner"] for _ in range(2000)]
-    assert all(any(partner is one for one in records) for partner in drawn)
-    counts = np.bincount([int(partner["file_name"]) for partner in drawn]) / 2000
+    dataset = WithPasteSource(records)
+    drawn = [dataset[2]["paste_source"] for _ in range(2000)]
+    assert all(any(source is one for one in records) for source in drawn)
+    counts = np.bincount([int(source["file_name"]) for source in drawn]) / 2000
     np.testing.assert_allclose(counts, 1 / 4, atol=0.04)
     assert dataset[3]["file_name"] == "3"
     assert records[2] == {"file_name": "2"}
 
 
 def test_a_dataset_of_one_image_pastes_from_itself(tmp_path):
-    dataset = WithPartner(DatasetFromList([record(tmp_path, "only", (20, 20), (10, 20, 30), 1, True)]))
+    dataset = WithPasteSource(DatasetFromList([record(tmp_path, "only", (20, 20), (10, 20, 30), 1, True)]))
     sample = mapper()(dataset[0])
     assert sample["segment_classes"].tolist() == [1, 1]
     assert (sample["segment_ids"] == 1).sum() == 32 * 32
@@ -138,4 +138,4 @@ def test_a_dataset_of_one_image_pastes_from_itself(tmp_path):
 
 def test_an_iterable_dataset_is_refused():
     with pytest.raises(UserError, match=r"set INPUT\.COPY_PASTE False"):
-        WithPartner(ToIterableDataset([], SequentialSampler([])))
+        WithPasteSource(ToIterableDataset([], SequentialSampler([])))

@@ -1,4 +1,4 @@
-"""The datasets below $DETECTRON2_DATASETS that Detectron2 does not know itself."""
+"""The datasets below $DETECTRON2_DATASETS that Detectron2 itself lacks."""
 
 import importlib
 import json
@@ -99,22 +99,16 @@ def test_metadata_are_known_without_files():
 def environment(tmp_path, monkeypatch):
     """Datasets registered as by an import with $DETECTRON2_DATASETS set to a temporary folder."""
 
-    def register():
-        for name in LAYOUT:
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
-        importlib.reload(datasets)
-
     with monkeypatch.context() as changed:
         changed.setenv("DETECTRON2_DATASETS", str(tmp_path))
-        register()
+        importlib.reload(datasets)
         yield
-    register()
+    importlib.reload(datasets)
 
 
 @pytest.mark.usefixtures("environment")
 @pytest.mark.parametrize("name", LAYOUT)
-def test_dataset_that_is_not_there(name, tmp_path):
+def test_a_missing_dataset(name, tmp_path):
     with pytest.raises(UserError, match=f"cannot read the panoptic annotations {tmp_path / LAYOUT[name][2]}"):
         DatasetCatalog.get(name)
 
@@ -156,7 +150,7 @@ def test_records_below_the_folder_of_the_environment(tmp_path):
 )
 def test_things_of_a_config(config, things, some):
     cfg = load_config(config)
-    prepare_datasets(cfg)  # its datasets are there, and agree in their classes and with the number of these
+    prepare_datasets(cfg)  # checks that its datasets exist and agree in their classes
     known = thing_classes(cfg)
     assert len(known) == things
     assert {index: index in known for index in some} == some

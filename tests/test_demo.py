@@ -195,7 +195,7 @@ def test_outputs_meet_neither_each_other_nor_an_input(demo, tmp_path):
 def test_any_mode_of_eight_bits_is_read(demo, tmp_path, mode):
     file = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
     picture().convert(mode).save(file)
-    image = read_image({"file_name": str(file)}, "RGB")
+    image = read_image({"file_name": str(file)})
     assert image.shape == (64, 96, 3) and image.dtype == np.uint8
     expected = np.asarray(picture().convert(mode).convert("RGB"))
     assert np.array_equal(image, expected)
@@ -205,7 +205,7 @@ def test_more_bits_are_refused_not_clipped(demo, tmp_path):
     file = tmp_path / "deep.png"
     Image.fromarray(np.full((8, 8), 30000, dtype=np.uint16)).save(file)
     with pytest.raises(UserError, match=r"deep\.png has more than 8 bits"):
-        read_image({"file_name": str(file)}, "RGB")
+        read_image({"file_name": str(file)})
 
 
 def test_a_failed_write_leaves_nothing(demo, tmp_path):

@@ -6,8 +6,7 @@ import pytest
 import reference
 import torch
 from detectron2.modeling import build_model
-from small import options
-from test_axial_attention import randomise_norms
+from small import options, randomize_norms
 from test_forward import MODELS, TOLERANCE, compute, error_of, official_model, stages, thinning
 from torch import nn
 
@@ -30,7 +29,7 @@ def test_every_stage(tag, request):
 @pytest.fixture
 def small_model():
     model = build_model(load_config("", options(MODEL__KMAX__NUM_CLASSES=5)))
-    return randomise_norms(model).eval()
+    return randomize_norms(model).eval()
 
 
 def predict(model):
@@ -48,7 +47,7 @@ def assert_equal(ours, theirs):
 @pytest.mark.parametrize("norm", ["BN", "naiveSyncBN", "SyncBN", "FrozenBN"])
 def test_every_norm_and_form(norm, standard):
     choice = {"MODEL__KMAX__NUM_CLASSES": 5, "MODEL__KMAX__NORM": norm, "MODEL__KMAX__RESNET__STANDARD": standard}
-    model = randomise_norms(build_model(load_config("", options(**choice)))).eval()
+    model = randomize_norms(build_model(load_config("", options(**choice)))).eval()
     assert_equal(predict(fold_batch_norms(model)), predict(model))
 
 

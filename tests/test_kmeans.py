@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from small import plain_norm, randomize_norms
 
 from kmax_d2.modeling.kmeans import KMeansCrossAttention, kmeans_assign, kmeans_update
 from kmax_d2.modeling.layers import norm_vectors
@@ -39,7 +40,7 @@ def test_update_is_the_one_hot_product():
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("training", [False, True])
 def test_gradient_passes_a_norm(batch, training):
-    """The batch norm of some PyTorch releases misreads a gradient of unusual strides, without a word."""
+    """The batch norm of some PyTorch releases misreads a gradient of unusual strides, silently."""
     norm = torch.nn.BatchNorm2d(4).train(training)
     mask_logits = torch.randn(batch, 7, 6, 5)
     ours = torch.randn(batch, 4, 6, 5, requires_grad=True)
@@ -51,7 +52,7 @@ def test_gradient_passes_a_norm(batch, training):
         mean, variance = theirs.mean((0, 2, 3)), theirs.var((0, 2, 3), unbiased=False)
     normalised = (theirs - mean[:, None, None]) / (variance[:, None, None] + 1e-5).sqrt()
     (plain_update(mask_logits, normalised) * weight).sum().backward()
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4)
 
 
 def test_update_is_a_sum_and_not_a_mean():
@@ -72,9 +73,7 @@ def test_cluster_without_pixels_gets_zero():
 
 
 def attention(channels=8):
-    module = KMeansCrossAttention(channels, key_channels=4, num_heads=2, norm="BN")
-    torch.nn.init.ones_(module.projection.norm.weight)  # 0 at first
-    return module
+    return randomize_norms(KMeansCrossAttention(channels, key_channels=4, num_heads=2, norm="BN"))
 
 
 def inputs(size=4):
@@ -82,26 +81,18 @@ def inputs(size=4):
     return torch.randn(2, 5, 8), torch.randn(2, 8, size, size), torch.randn(2, 5, size, size)
 
 
-def test_step_starts_as_nothing():
+def test_step_starts_at_zero():
     module = KMeansCrossAttention(8, key_channels=4, num_heads=2, norm="BN")
     assert not module(*inputs()).any()
 
 
 def test_step_is_value_update_norm_and_projection():
     module = attention().eval()
-    for norm in (module.value.norm, module.norm, module.projection.norm):
-        torch.nn.init.normal_(norm.running_mean)
-        torch.nn.init.uniform_(norm.running_var, 0.5, 2)
-        torch.nn.init.normal_(norm.weight)
-        torch.nn.init.normal_(norm.bias)
-
-    def normalise(x, norm):
-        return (x - norm.running_mean) / (norm.running_var + 1e-3).sqrt() * norm.weight + norm.bias
-
     centers, pixels, mask_logits = inputs()
-    values = normalise(pixels.movedim(1, 3) @ module.value.conv.weight[:, :, 0, 0].T, module.value.norm).movedim(3, 1)
-    expected = normalise(plain_update(mask_logits, values), module.norm) @ module.projection.linear.weight.T
-    torch.testing.assert_close(module(centers, pixels, mask_logits), normalise(expected, module.projection.norm))
+    values = plain_norm(module.value.norm, pixels.movedim(1, 3) @ module.value.conv.weight[:, :, 0, 0].T).movedim(3, 1)
+    expected = plain_norm(module.norm, plain_update(mask_logits, values)) @ module.projection.linear.weight.T
+    update = module(centers, pixels, mask_logits)
+    torch.testing.assert_close(update, plain_norm(module.projection.norm, expected), rtol=1e-4, atol=1e-4)
 
 
 def test_gradient_reaches_pixels_but_not_mask_logits():
@@ -121,4 +112,5 @@ def test_sums_in_float32_under_autocast():
         update = module(centers, pixels, mask_logits)
     assert values.dtype == torch.bfloat16
     sums = plain_update(mask_logits.float(), values.float())
-    torch.testing.assert_close(update, module.projection(norm_vectors(module.norm, sums)))
+    # Sums of hundreds of pixels in bfloat16 would be wrong in their third digit.
+    torch.testing.assert_close(update, module.projection(norm_vectors(module.norm, sums)), rtol=1e-4, atol=1e-3)

@@ -1,4 +1,4 @@
-"""Augmentations keep image and labels together; the mapper gives what the model trains on."""
+"""Augmentations transform image and labels alike, and the mappers produce the model's inputs."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def records(tmp_path_factory):
 
 
 def labelled(height, width):
-    """An image whose every pixel says where it was, and labels that say the same."""
+    """An image and labels that encode the position of every pixel."""
     y, x = np.mgrid[:height, :width]
     image = np.stack([y, x, np.zeros_like(y)], axis=-1).astype(np.uint8)
     return image, (y * 3 + x * 5).astype(np.float32) + 1
@@ -60,7 +60,7 @@ def test_pad_and_crop_move_image_and_labels_alike(size):
         assert inputs.image.shape == (64, 64, 3)
         assert inputs.sem_seg.shape == (64, 64)
         real = inputs.sem_seg > 0
-        assert (inputs.image[~real] == 127).all()
+        assert (inputs.image[~real] == 0).all()
         assert real.sum() == min(size[0], 64) * min(size[1], 64)
         np.testing.assert_array_equal(
             inputs.sem_seg[real], inputs.image[real][:, 0] * 3.0 + inputs.image[real][:, 1] * 5.0 + 1
@@ -107,20 +107,57 @@ def test_training_sample_has_the_annotated_masks(records):
     assert sample["segment_ids"].dtype == torch.int16
 
 
-def test_bgr_samples_are_the_rgb_ones_turned_round(records):
-    samples = []
-    for image_format in ("RGB", "BGR"):
-        np.random.seed(3)
-        samples.append(PanopticTrainMapper(load_config("", options(INPUT__FORMAT=image_format)))(records[0])["image"])
-    assert torch.equal(samples[0], samples[1].flip(0))
+@pytest.mark.parametrize(
+    ("mean", "dtype"), [([127.5, 127.5, 127.5], torch.float16), ([123.675, 116.28, 103.53], torch.float32)]
+)
+def test_padding_is_exactly_zero_after_scaling(records, mean, dtype):
+    changes = {"CROP_SIZE": [161, 161], "FIT_CROP": False, "SCALE_RANGE": [1.0, 1.0]}
+    changes = {f"INPUT__{name}": value for name, value in changes.items()}
+    sample = PanopticTrainMapper(load_config("", options(**changes, MODEL__PIXEL_MEAN=mean)))(records[0])
+    assert sample["image"].dtype == dtype
+    scaled = sample["image"] - torch.tensor(mean).view(-1, 1, 1)
+    padding = sample["segment_ids"] == -1
+    assert padding.any()
+    assert (scaled[:, padding] == 0).all()
+    assert torch.equal(sample["image"][:, ~padding], sample["image"][:, ~padding].round()), "pixels are integers"
 
 
-def test_only_masks_with_a_pixel_are_left_and_their_classes_with_them(tmp_path):
+def test_a_vertical_flip_moves_image_and_labels_alike(records):
+    """Some samples are upside down and otherwise equal."""
+    size = [records[0]["height"], records[0]["width"]]
+    changes = {"CROP_SIZE": size, "SCALE_RANGE": [1.0, 1.0], "COLOR_POLICY": False, "RANDOM_FLIP": "vertical"}
+    mapper = PanopticTrainMapper(load_config("", options(**{f"INPUT__{k}": v for k, v in changes.items()})))
+    samples = [mapper(records[0]) for _ in range(20)]
+    first = samples[0]
+    flipped = [not torch.equal(sample["image"], first["image"]) for sample in samples]
+    assert any(flipped) and not all(flipped)
+    for sample, turned in zip(samples, flipped, strict=True):
+        for key, axis in (("image", 1), ("segment_ids", 0)):
+            assert torch.equal(sample[key].flip(axis) if turned else sample[key], first[key])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("CROP_SIZE", [65]),
+        ("CROP_SIZE", [0, 65]),
+        ("SCALE_RANGE", [1.0]),
+        ("SCALE_RANGE", [2.0, 1.0]),
+        ("SCALE_RANGE", [0.0, 1.0]),
+        ("RANDOM_FLIP", "both"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(name, value):
+    with pytest.raises(UserError, match=rf"INPUT\.{name} is .*, but must be"):
+        PanopticTrainMapper(load_config("", options(**{f"INPUT__{name}": value})))
+
+
+def test_only_masks_with_a_pixel_and_their_classes_are_kept(tmp_path):
     ids = np.arange(1, 17).reshape(4, 4).repeat(20, 0).repeat(20, 1)
     record = write_record(tmp_path, ids, range(1, 17))
     for segment in record["segments_info"]:
         segment["category_id"] = segment["id"] + 100
-    # The image says the same as the labels.
+    # The image encodes the same as the labels.
     Image.fromarray(np.stack([ids] * 3, -1).astype(np.uint8)).save(record["file_name"])
     changes = {"CROP_SIZE": [33, 33], "FIT_CROP": False, "SCALE_RANGE": [1.0, 1.0], "COLOR_POLICY": False}
     mapper = PanopticTrainMapper(load_config("", options(**{f"INPUT__{k}": v for k, v in changes.items()})))
@@ -176,7 +213,7 @@ def test_ids_that_the_json_lacks_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("id_", [0, -1, 2**24])
-def test_ids_that_no_png_can_say_are_refused(tmp_path, id_):
+def test_ids_that_a_png_cannot_encode_are_refused(tmp_path, id_):
     with pytest.raises(UserError, match=rf"a segment of .*ids\.png has the id {id_} in the JSON"):
         read_segments(write_record(tmp_path, np.ones((4, 4), int), [1, id_]))
 
@@ -198,7 +235,7 @@ def test_same_seed_gives_the_same_sample(records):
     assert not torch.equal(first["segment_ids"], other["segment_ids"])
 
 
-def test_test_sample_fits_the_crop_and_knows_its_original_size(records):
+def test_test_sample_fits_the_crop_and_keeps_its_original_size(records):
     record = records[0]
     sample = PanopticTestMapper(load_config("", options(INPUT__CROP_SIZE=[65, 65])))(record)
     assert max(sample["image"].shape[1:]) == 65
@@ -206,13 +243,13 @@ def test_test_sample_fits_the_crop_and_knows_its_original_size(records):
     assert sample["image"].dtype == torch.uint8
 
 
-def test_exif_and_grey_images_are_read_as_a_person_sees_them(tmp_path):
-    grey = np.arange(60 * 40, dtype=np.uint8).reshape(60, 40)
+def test_gray_images_and_exif_orientation_are_read_as_displayed(tmp_path):
+    gray = np.arange(60 * 40, dtype=np.uint8).reshape(60, 40)
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned by 90 degrees
-    Image.fromarray(grey).save(tmp_path / "turned.png", exif=exif)
+    exif[0x0112] = 6  # displayed rotated by 90 degrees
+    Image.fromarray(gray).save(tmp_path / "turned.png", exif=exif)
     sample = PanopticTestMapper(size=None)({"file_name": str(tmp_path / "turned.png")})
-    assert np.array_equal(sample["image"][0], np.rot90(grey, -1))
+    assert np.array_equal(sample["image"][0], np.rot90(gray, -1))
     assert torch.equal(sample["image"][0], sample["image"][2])
 
 
@@ -220,19 +257,19 @@ def test_exif_and_grey_images_are_read_as_a_person_sees_them(tmp_path):
 def test_other_color_modes_are_read_as_their_colors(tmp_path, mode, file):
     picture = Image.new("RGB", (16, 16), (102, 102, 102) if mode == "LA" else (102, 51, 204)).convert(mode)
     picture.save(tmp_path / file)
-    image = read_image({"file_name": str(tmp_path / file)}, "RGB")
+    image = read_image({"file_name": str(tmp_path / file)})
     expected = [102, 102, 102] if mode == "LA" else [102, 51, 204]
     assert np.abs(image.astype(int) - expected).max() <= 3
 
 
-def test_deep_images_and_sizes_that_the_record_contradicts_are_refused(tmp_path):
+def test_deep_images_and_sizes_unlike_the_record_are_refused(tmp_path):
     Image.fromarray(np.full((4, 6), 1000, np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(UserError, match=r"the image .*deep\.png has more than 8 bits a channel"):
-        read_image({"file_name": str(tmp_path / "deep.png")}, "RGB")
+    with pytest.raises(UserError, match=r"the image .*deep\.png has more than 8 bits per channel"):
+        read_image({"file_name": str(tmp_path / "deep.png")})
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (6, 4)).save(tmp_path / "turned.jpg", exif=exif)
     record = {"file_name": str(tmp_path / "turned.jpg"), "width": 6, "height": 4}
-    with pytest.raises(UserError, match=r"turned\.jpg is 4×6 \(turned as its EXIF says\), but its record says 6×4"):
-        read_image(record, "RGB")
-    assert read_image(record | {"width": 4, "height": 6}, "RGB").shape == (6, 4, 3)
+    with pytest.raises(UserError, match=r"turned\.jpg is 4×6 \(with its EXIF orientation\), but its record says 6×4"):
+        read_image(record)
+    assert read_image(record | {"width": 4, "height": 6}).shape == (6, 4, 3)

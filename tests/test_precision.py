@@ -9,8 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.modeling import build_model
-from small import options
-from test_axial_attention import randomise_norms
+from small import options, randomize_norms
 from torch import nn
 
 import kmax_d2
@@ -66,7 +65,7 @@ def test_switches_are_set_inside_and_as_before_afterwards(precision, inside, all
 def small_model():
     torch.manual_seed(0)
     model = build_model(load_config("", options(MODEL__KMAX__NUM_CLASSES=5)))
-    return fold_batch_norms(randomise_norms(model).eval())
+    return fold_batch_norms(randomize_norms(model).eval())
 
 
 def predicted(model, precision):

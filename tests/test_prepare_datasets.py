@@ -1,14 +1,13 @@
 """The scripts in datasets/ on miniatures of the official layouts."""
 
-import importlib
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.cityscapes_panoptic import load_cityscapes_panoptic
+from miniature import load_script
 from panopticapi.utils import rgb2id
 from PIL import Image
 
@@ -16,13 +15,6 @@ from kmax_d2.data import panoptic_png
 from kmax_d2.data.check import unregistered
 from kmax_d2.data.datasets import ade20k, coco_panoptic, shapes
 from kmax_d2.errors import UserError
-
-SCRIPTS = Path(__file__).parents[1] / "datasets"
-
-
-def load_script(monkeypatch, name):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module(name)
 
 
 def faults(images, pngs, json_file):
@@ -35,7 +27,7 @@ def read_ids(file):
 
 
 def assert_restartable(main, folder, json_file):
-    """Made again is what is missing or cut off, and nothing else."""
+    """A second run creates what is missing or truncated, and nothing else."""
     files = sorted(folder.glob("*.png"))
     assert len(files) >= 3
     before, content = [file.read_bytes() for file in files], json.loads(json_file.read_text())
@@ -55,13 +47,13 @@ def ade_id(category, instance=0):
 
 
 @pytest.fixture
-def ade(monkeypatch):
-    return load_script(monkeypatch, "prepare_ade20k_panoptic")
+def ade():
+    return load_script("prepare_ade20k_panoptic")
 
 
 @pytest.fixture
 def ade_root(tmp_path):
-    """Three images a split: wall (0) and floor (3) with two beds (7) and a fan (139), a late thing."""
+    """Three images per split: wall (0) and floor (3) with two beds (7) and a fan (139), one of the last things."""
     for split, folder in (("train", "training"), ("val", "validation")):
         for kind in ("images", "annotations", "annotations_instance"):
             (tmp_path / kind / folder).mkdir(parents=True)
@@ -82,7 +74,7 @@ def ade_root(tmp_path):
 
 
 def test_ade20k_classes(ade):
-    """The instance annotations' classes are the scene's things in its order; these are known from its list."""
+    """The instance annotations number the things in the order of all classes; their list is public."""
     assert len(ade.THINGS) == 100 and len(ade.STUFF) == 50
     names = [ade20k.CATEGORIES[index]["name"] for index in ade.THINGS[:12]]
     assert ", ".join(names) == "bed, window, cabinet, person, door, table, curtain, chair, car, painting, sofa, shelf"
@@ -90,7 +82,7 @@ def test_ade20k_classes(ade):
 
 
 def test_ade20k_ids(ade):
-    """Instances lie over stuff; a thing without an instance is void."""
+    """Instances cover stuff; a thing without an instance is void."""
     semantic = np.array([[0, 1, 1, 8, 8, 4]], np.uint8)
     instances = np.array([[[0, 0], [0, 0], [1, 5], [1, 5], [0, 0], [100, 6]]], np.uint8)
     expected = [0, ade_id(0), ade_id(7, 5), ade_id(7, 5), 0, ade_id(int(ade.THINGS[-1]), 6)]
@@ -123,7 +115,7 @@ def test_ade20k(ade, ade_root, capsys):
         assert ids[2].tolist() == [ade_id(0)] * 2 + [ade_id(7, 1)] * 3 + [ade_id(7, 2)] * 3 + [ade_id(0)] * 4
 
 
-def test_ade20k_goes_on(ade, ade_root):
+def test_ade20k_resumes(ade, ade_root):
     def main():
         ade.main(["--root", str(ade_root), "--splits", "val", "--workers", "2"])
 
@@ -144,7 +136,7 @@ def test_ade20k_without_its_inputs(ade, ade_root):
 
 
 def test_coco_semantic(monkeypatch, tmp_path):
-    script = load_script(monkeypatch, "prepare_coco_semantic")
+    script = load_script("prepare_coco_semantic")
     coco = tmp_path / "coco"
     shapes.write_split(coco, "val2017", 3, 5)
     (coco / "annotations").mkdir()
@@ -172,14 +164,14 @@ def box(label, left, top, right, bottom):
 
 
 @pytest.fixture
-def cityscapes(monkeypatch):
+def cityscapes():
     pytest.importorskip("cityscapesscripts")
-    return load_script(monkeypatch, "prepare_cityscapes_panoptic")
+    return load_script("prepare_cityscapes_panoptic")
 
 
 @pytest.fixture
 def cityscapes_root(tmp_path):
-    """Three images in two cities: road, sky, two cars, a group of cars, and what is not evaluated."""
+    """Three images of two cities: road, sky, two cars, a group of cars, and a region that is not evaluated."""
     for index, (city, name) in enumerate((("aachen", 1), ("aachen", 2), ("bonn", 7))):
         stem = f"{city}_{name:06d}_000019"
         for kind in ("leftImg8bit", "gtFine"):
@@ -228,7 +220,7 @@ def test_cityscapes_is_what_detectron2_reads(cityscapes, cityscapes_root):
     assert faults(images, pngs, json_file) == []
 
 
-def test_cityscapes_goes_on(cityscapes, cityscapes_root):
+def test_cityscapes_resumes(cityscapes, cityscapes_root):
     def main():
         cityscapes.main(["--root", str(cityscapes_root), "--splits", "val", "--workers", "1"])
 
@@ -266,10 +258,10 @@ def test_png_and_its_annotation(tmp_path):
     np.testing.assert_array_equal(read_ids(file), ids)
     assert panoptic_png.read_annotation(file) == {"segments_info": [{"id": 1, "name": "Straße"}]}
     content = file.read_bytes()
-    for length in range(len(content) - 4):  # the last four bytes are the checksum of nothing
+    for length in range(len(content) - 4):  # the last four bytes are the checksum of an empty chunk
         file.write_bytes(content[:length])
         assert panoptic_png.read_annotation(file) is None
-        assert not panoptic_png.is_whole(file)
+        assert not load_script("prepare_common").is_whole(file)
     Image.new("RGB", (2, 2)).save(file)
     assert panoptic_png.read_annotation(file) is None
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]

@@ -39,7 +39,7 @@ def run_half(file):
         torch.save(state, file)
 
 
-def test_two_processes_normalise_as_one(tmp_path):
+def test_two_processes_normalize_as_one(tmp_path):
     file = str(tmp_path / "state.pth")
     launch(run_half, 2, dist_url="auto", args=(file,))
     both = torch.load(file, weights_only=True)
@@ -49,7 +49,7 @@ def test_two_processes_normalise_as_one(tmp_path):
     torch.testing.assert_close(both["out"], out.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(both["grad"], layer.linear.weight.grad, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(both["mean"], layer.norm.running_mean)
-    # The one process counts with n - 1, as PyTorch does.
+    # The single process divides by n - 1, as PyTorch does.
     n = out.shape[0] * out.shape[1]
     assert both["var"].sub(0.99).mul(n / (n - 1)).tolist() == pytest.approx(
         layer.norm.running_var.sub(0.99).tolist(), rel=1e-3

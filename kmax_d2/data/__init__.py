@@ -1,17 +1,15 @@
-"""Datasets, augmentations and mappers; importing it registers them."""
+"""Datasets, augmentations and mappers; importing this package registers them."""
 
 from . import datasets
-from .copy_paste import WithPartner
-from .mapper import MAPPER_REGISTRY, PanopticTestMapper, PanopticTrainMapper, SkipBroken
-from .records import training_records
-from .sampler import skip_samples
+from .loading import SkipBroken, WithPasteSource, skip_samples, training_records
+from .mapper import MAPPER_REGISTRY, PanopticTestMapper, PanopticTrainMapper
 
 __all__ = [
     "MAPPER_REGISTRY",
     "PanopticTestMapper",
     "PanopticTrainMapper",
     "SkipBroken",
-    "WithPartner",
+    "WithPasteSource",
     "datasets",
     "skip_samples",
     "training_records",

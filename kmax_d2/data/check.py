@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a panoptic dataset on disk, found in one pass, and its statistics."""
+"""Finds everything that can be wrong with a panoptic dataset on disk in one pass, and collects its statistics."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from panopticapi.utils import rgb2id
 
 from ..errors import UserError
+from ..parallel import parallel_map
 from .datasets.coco_panoptic import metadata_of, read_json
 from .mapper import read_image
 from .panoptic_png import NUM_IDS, describe
-from .parallel import parallel_map
 
-# The fields that the entries of a COCO panoptic JSON must have, and their types.
+# The fields that entries of a COCO panoptic JSON must have, and their types.
 CATEGORY = {"id": int, "name": str, "isthing": int}
 IMAGE = {"id": int | str, "file_name": str, "height": int, "width": int}
 ANNOTATION = {"image_id": int | str, "file_name": str, "segments_info": list}
@@ -36,17 +37,25 @@ class Category(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """Something wrong: its kind, and a line with the file's name."""
+    """Something wrong: its kind, and a line that names the file."""
 
     kind: str
     line: str
 
 
+class Faults(list[Fault]):
+    """A list of faults."""
+
+    def add(self, kind: str, line: str) -> None:
+        """Appends a fault."""
+        self.append(Fault(kind, line))
+
+
 @dataclass(frozen=True)
 class Sample:
-    """An image and its annotation, as the dataset tells them.
+    """An image and its annotation as described by the dataset.
 
-    "size" is (height, width), None where it is not told; "categories" are all ids that a segment may have.
+    "size" is (height, width), None if not given; "categories" are all ids that a segment may have.
     """
 
     image: str
@@ -58,9 +67,12 @@ class Sample:
 
 @dataclass
 class Findings:
-    """What one sample's files say: faults, (height, width), void pixels, (category id, area, is crowd) of segments."""
+    """The contents of a sample's files: faults, (height, width), number of void pixels, and segments.
 
-    faults: list[Fault] = field(default_factory=list)
+    A segment is (category id, area in pixels, whether it is a crowd).
+    """
+
+    faults: Faults = field(default_factory=Faults)
     size: tuple[int, int] | None = None
     void: int = 0
     segments: list[tuple[int, int, bool]] = field(default_factory=list)
@@ -68,27 +80,27 @@ class Findings:
 
 @dataclass
 class Dataset:
-    """A dataset as its JSON tells it, before any other file is read, and the faults of the JSON."""
+    """A dataset as described by its JSON, before any other file is read, and the faults of the JSON."""
 
     name: str
     metadata: Metadata
     categories: dict[int, Category]
     samples: list[Sample] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
+    faults: Faults = field(default_factory=Faults)
 
     def check(self, workers: int = 0) -> list[Findings]:
-        """Reads every file, in parallel; in the order of the samples."""
+        """Reads all files in parallel; returns the findings in the order of the samples."""
         return parallel_map(check_sample, self.samples, f"checking {self.name}", workers)
 
 
 def registered(name: str) -> Dataset:
-    """A dataset of Detectron2's catalogs. Raises UserError where it is not there or not panoptic."""
+    """Describes a dataset of Detectron2's catalogs. Raises UserError if it is missing or not panoptic."""
     metadata = MetadataCatalog.get(name)
     json_file = metadata.get("panoptic_json")
     if json_file is None:
         return _from_records(name)
     if not os.path.isfile(json_file):
-        # Datasets that are drawn or made when they are first asked for; of others, the JSON's absence is told next.
+        # Some datasets are created when first loaded; for others, the missing JSON is reported below.
         with contextlib.suppress(OSError, AssertionError, UserError):
             DatasetCatalog.get(name)
     try:
@@ -106,29 +118,30 @@ def registered(name: str) -> Dataset:
 
 
 def unregistered(image_root: str, panoptic_root: str, json_file: str) -> Dataset:
-    """A dataset in COCO panoptic format. Raises UserError where the JSON is no such."""
+    """Describes a dataset in COCO panoptic format. Raises UserError if the JSON is not in this format."""
     content = read_json(json_file)
-    faults: list[Fault] = []
+    faults = Faults()
     categories = _well_formed(content["categories"], CATEGORY, "category", json_file, faults)
     _find_duplicates(categories, "id", "category id", json_file, faults)
-    metadata = Metadata(name=Path(json_file).stem, **metadata_of(categories))
-    dataset = Dataset(Path(json_file).stem, metadata, _categories(metadata), faults=faults)
+    name = Path(json_file).stem
+    metadata = Metadata(name=name, **metadata_of(categories))
+    dataset = Dataset(name, metadata, _categories(metadata), faults=faults)
     _read_samples(dataset, content, json_file, image_root, panoptic_root)
     return dataset
 
 
 def _categories(metadata: Metadata) -> dict[int, Category]:
-    """The dataset's category ids, in the order of the contiguous classes."""
-    kinds = (
-        (False, metadata.get("stuff_dataset_id_to_contiguous_id", {}), metadata.get("stuff_classes", [])),
-        (True, metadata.get("thing_dataset_id_to_contiguous_id", {}), metadata.get("thing_classes", [])),
-    )
-    found = {id_: Category(names[index], thing, index) for thing, ids, names in kinds for id_, index in ids.items()}
+    """Returns the categories by dataset id, in the order of the contiguous classes."""
+    found = {}
+    for kind in ("stuff", "thing"):
+        names = metadata.get(f"{kind}_classes", [])
+        for id_, index in metadata.get(f"{kind}_dataset_id_to_contiguous_id", {}).items():
+            found[id_] = Category(names[index], kind == "thing", index)
     return dict(sorted(found.items(), key=lambda item: item[1].contiguous))
 
 
 def _from_records(name: str) -> Dataset:
-    """A dataset of which the catalogs know nothing but records, whose classes are contiguous."""
+    """Describes a dataset of which the catalogs have only records, with contiguous classes."""
     metadata = MetadataCatalog.get(name)
     categories = {category.contiguous: category for category in _categories(metadata).values()}
     try:
@@ -138,33 +151,30 @@ def _from_records(name: str) -> Dataset:
     if not categories or any("pan_seg_file_name" not in record for record in records):
         raise UserError(f"the dataset {name} is not panoptic")
     dataset = Dataset(name, metadata, categories)
+    ids = frozenset(categories)
     for record in records:
         size = (record["height"], record["width"]) if "height" in record else None
-        dataset.samples.append(
-            Sample(
-                record["file_name"], record["pan_seg_file_name"], size, record["segments_info"], frozenset(categories)
-            )
-        )
+        sample = Sample(record["file_name"], record["pan_seg_file_name"], size, record["segments_info"], ids)
+        dataset.samples.append(sample)
     return dataset
 
 
-def _well_formed(entries: object, fields: dict, what: str, json_file: str, faults: list[Fault]) -> list[dict]:
-    """The entries whose fields are of the right types; of each other one there is a fault."""
-    good = []
+def _well_formed(entries: Any, fields: dict, what: str, json_file: str, faults: Faults) -> list[dict]:
+    """Returns the entries whose fields have the right types; each of the others is a fault."""
+    good: list[dict] = []
     for entry in entries if isinstance(entries, list) else [entries]:
-        wrong = [
-            key for key, kind in fields.items() if not (isinstance(entry, dict) and isinstance(entry.get(key), kind))
-        ]
+        known = entry if isinstance(entry, dict) else {}
+        wrong = [key for key, kind in fields.items() if not isinstance(known.get(key), kind)]
         if wrong:
             shown = textwrap.shorten(str(entry), 80, placeholder="…")
-            faults.append(Fault("malformed entry", f"{json_file}: the {what} {shown} has no valid {', '.join(wrong)}"))
+            faults.add("malformed entry", f"{json_file}: the {what} {shown} has no valid {', '.join(wrong)}")
         else:
             good.append(entry)
     return good
 
 
 def _read_samples(dataset: Dataset, content: dict, json_file: str, image_root: str, panoptic_root: str) -> None:
-    """Fills in the samples and the faults of the JSON's own entries."""
+    """Adds the samples and the faults of the JSON's own entries to a dataset."""
     faults = dataset.faults
     ids = frozenset(dataset.categories)
     images = _well_formed(content["images"], IMAGE, "image", json_file, faults)
@@ -178,8 +188,7 @@ def _read_samples(dataset: Dataset, content: dict, json_file: str, image_root: s
         png = os.path.join(panoptic_root, annotation["file_name"])
         image = image_of_id.get(annotation["image_id"])
         if image is None:
-            line = f"{png}: no image has the id {annotation['image_id']}"
-            faults.append(Fault("annotation without image", line))
+            faults.add("annotation without image", f"{png}: no image has the id {annotation['image_id']}")
             continue
         segments = _well_formed(annotation["segments_info"], SEGMENT, f"segment of {png}", json_file, faults)
         size = (image["height"], image["width"])
@@ -187,18 +196,17 @@ def _read_samples(dataset: Dataset, content: dict, json_file: str, image_root: s
     annotated = {annotation["image_id"] for annotation in annotations}
     for id_, image in image_of_id.items():
         if id_ not in annotated:
-            line = f"{_image_file(image_root, image)} has no annotation"
-            faults.append(Fault("image without annotation", line))
+            faults.add("image without annotation", f"{_image_file(image_root, image)} has no annotation")
 
 
-def _find_duplicates(entries: list[dict], key: str, what: str, json_file: str, faults: list[Fault]) -> None:
+def _find_duplicates(entries: list[dict], key: str, what: str, json_file: str, faults: Faults) -> None:
     for value, count in Counter(entry[key] for entry in entries).items():
         if count > 1:
-            faults.append(Fault("duplicate", f"{json_file}: {what} {value} is there {count} times"))
+            faults.add("duplicate", f"{json_file}: {what} {value} is there {count} times")
 
 
 def _image_file(image_root: str, image: dict) -> str:
-    # The JSON that cityscapesscripts writes names the images otherwise than their files, which lie in a folder a city.
+    # The JSON from cityscapesscripts has other names than the image files, which are in one folder per city.
     name = image["file_name"]
     if name.endswith("_gtFine_leftImg8bit.png"):
         name = os.path.join(name.split("_")[0], name.replace("_gtFine", ""))
@@ -206,70 +214,67 @@ def _image_file(image_root: str, image: dict) -> str:
 
 
 def check_sample(sample: Sample) -> Findings:
-    """Reads a sample's files and compares them with what the dataset tells of them."""
+    """Reads a sample's files and compares them with the dataset's description."""
     findings = Findings()
     faults = findings.faults
-    told = sample.size
-    image, fault = _read(sample.image, "image")
-    if fault is not None:
-        faults.append(fault)
-    else:
-        findings.size = image.shape[:2]
-        if told is not None and tuple(told) != findings.size:
-            faults.append(
-                Fault("size mismatch", f"{sample.image} is {_size(findings.size)}, the JSON says {_size(told)}")
-            )
+    expected = sample.size
+    image = _read(sample.image, "image", faults)
+    if image is not None:
+        findings.size = (image.shape[0], image.shape[1])
+        if expected is not None and tuple(expected) != findings.size:
+            faults.add("size mismatch", f"{sample.image} is {_size(image.shape)}, the JSON says {_size(expected)}")
     known = _known_segments(sample, faults)
-    colors, fault = _read(sample.png, "PNG")
-    if fault is not None:
-        faults.append(fault)
+    colors = _read(sample.png, "PNG", faults)
+    if colors is None:
         return findings
-    if colors.shape[:2] != (findings.size or told or colors.shape[:2]):
-        line = f"{sample.png} is {_size(colors.shape)}, its image {_size(findings.size or told)}"
-        faults.append(Fault("size mismatch", line))
+    size = findings.size or expected
+    if size is not None and colors.shape[:2] != size:
+        faults.add("size mismatch", f"{sample.png} is {_size(colors.shape)}, its image {_size(size)}")
     present = {segment["id"]: segment["area"] for segment in describe(rgb2id(colors))}
     findings.void = present.pop(0, 0)
     for id_, area in present.items():
         if id_ not in known:
-            faults.append(Fault("id without segment", f"{sample.png}: {area} pixels of id {id_}, which its JSON lacks"))
+            faults.add("id without segment", f"{sample.png}: {area} pixels of id {id_}, which its JSON lacks")
     for id_, segment in known.items():
         if id_ not in present:
-            faults.append(Fault("segment without pixels", f"{sample.png}: no pixel of segment {id_}"))
+            faults.add("segment without pixels", f"{sample.png}: no pixel of segment {id_}")
             continue
         area = present[id_]
         if segment.get("area", area) != area:
             line = f"{sample.png}: segment {id_} has {area} pixels, the JSON says {segment['area']}"
-            faults.append(Fault("area mismatch", line))
+            faults.add("area mismatch", line)
         findings.segments.append((segment["category_id"], area, bool(segment.get("iscrowd", 0))))
     return findings
 
 
-def _known_segments(sample: Sample, faults: list[Fault]) -> dict[int, dict]:
-    """The sample's segments by their ids, which a color can tell; what is wrong with others is put to the faults."""
+def _known_segments(sample: Sample, faults: Faults) -> dict[int, dict]:
+    """Returns the segments by those ids that a color can encode; adds the faults of the others."""
     if not sample.segments:
-        faults.append(Fault("empty image", f"{sample.png} has no segment"))
+        faults.add("empty image", f"{sample.png} has no segment")
     known: dict[int, dict] = {}
     for segment in sample.segments:
         id_, category = segment["id"], segment["category_id"]
         if category not in sample.categories:
-            faults.append(Fault("unknown category", f"{sample.png}: segment {id_} has category {category}"))
+            faults.add("unknown category", f"{sample.png}: segment {id_} has category {category}")
         if not 0 < id_ < NUM_IDS:
-            faults.append(Fault("id out of range", f"{sample.png}: segment id {id_} is not within 1 and {NUM_IDS - 1}"))
+            faults.add("id out of range", f"{sample.png}: segment id {id_} is not within 1 and {NUM_IDS - 1}")
         elif id_ in known:
-            faults.append(Fault("duplicate", f"{sample.png}: segment id {id_} is there more than once"))
+            faults.add("duplicate", f"{sample.png}: segment id {id_} is there more than once")
         else:
             known[id_] = segment
     return known
 
 
-def _read(file: str, what: str):
-    """(H, W, 3) and None, or None and the fault."""
+def _read(file: str, what: str, faults: Faults) -> np.ndarray | None:
+    """Reads (H, W, 3); returns None and adds a fault on failure."""
     if not os.path.isfile(file):
-        return None, Fault(f"missing {what}", file)
+        faults.add(f"missing {what}", file)
+        return None
     try:
-        return read_image({"file_name": file}, "RGB"), None
+        return read_image({"file_name": file})
     except UserError as error:
-        return None, Fault(f"broken {what}", str(error))
+        faults.add(f"broken {what}", str(error))
+        return None
 
 
 def _size(size: Sequence[int]) -> str:

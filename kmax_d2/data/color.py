@@ -1,4 +1,4 @@
-"""The color policy of the official training: one of five pairs of Pillow operations (AutoAugment's, reduced)."""
+"""The color policy of the official training: one of five pairs of Pillow operations, a reduced AutoAugment."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ POLICY = (
 
 
 def pillow_operation(name: str, level: float) -> Callable[[Image.Image], Image.Image]:
-    """The operation at its level, as a function of a Pillow image.
+    """Returns an operation at a given level as a function of a Pillow image.
 
     Args:
         name: "Equalize", "Solarize" or the name of an enhancer in :mod:`PIL.ImageEnhance`.
@@ -49,7 +49,7 @@ def pillow_operation(name: str, level: float) -> Callable[[Image.Image], Image.I
 
 
 class ColorPolicy(Augmentation):
-    """Draws one of the policy's pairs uniformly, and each of its two operations by its own probability.
+    """Draws one of the policy's pairs uniformly, and each of its two operations with its own probability.
 
     Args:
         level: factor on all levels.
@@ -60,7 +60,7 @@ class ColorPolicy(Augmentation):
         self.level = level
 
     def get_transform(self, image: np.ndarray) -> Transform:
-        """The transform for an RGB uint8 image (H, W, 3)."""
+        """Draws the transform for an RGB uint8 image (H, W, 3)."""
         pair = POLICY[np.random.randint(len(POLICY))]
         chosen = [op for op in pair if np.random.uniform() < op.probability]
         if not chosen:

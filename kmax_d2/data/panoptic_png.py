@@ -1,7 +1,7 @@
-"""Panoptic PNGs, whose colors are segment ids, and COCO panoptic JSONs, for the tools that make datasets.
+"""Panoptic PNGs, whose colors encode segment ids, and COCO panoptic JSONs, for the tools that create datasets.
 
-Each PNG carries its own annotation as a text chunk. It is written under another name first, so that a file is there
-whole and with its annotation, or not at all: what was interrupted goes on from the files that are there.
+Each PNG carries its own annotation as a text chunk and is written under a temporary name first, so a file is either
+complete, annotation included, or absent: an interrupted run resumes from the files that exist.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..errors import UserError
 
-NUM_IDS = 1 << 24  # that a color can tell apart; 0 is void
+NUM_IDS = 1 << 24  # that a 24-bit color can encode; 0 is void
 CHUNK = "annotation"
 
 
 def describe(ids: np.ndarray) -> list[dict]:
-    """The "id", "area" and "bbox" [x, y, width, height] of each value of an id map (H, W), in pixels, ascending."""
+    """Returns "id", "area" and "bbox" [x, y, width, height] of each value of an id map (H, W), by ascending id.
+
+    Areas and boxes are in pixels; void (0) is included.
+    """
     height, width = ids.shape
     edges = np.ones((height, width), dtype=bool)
     edges[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    # Runs of equal pixels in a row are few, so that looking at them is far faster than at all pixels.
+    # There are far fewer runs of equal pixels in a row than pixels.
     starts = np.flatnonzero(edges)
     lengths = np.diff(starts, append=ids.size)
     present, index = np.unique(ids.ravel()[starts], return_inverse=True)
@@ -49,9 +52,9 @@ def describe(ids: np.ndarray) -> list[dict]:
 
 @contextlib.contextmanager
 def written_whole(file: Path) -> Iterator[Path]:
-    """Another name in the same folder, of the same suffix, to write to; it becomes the file's own at the end.
+    """Yields a temporary path with the same folder and suffix, which replaces the file on success.
 
-    Raises UserError where it cannot be written.
+    Raises UserError if it cannot be written.
     """
     unfinished = file.with_name(f".{file.stem}.{os.getpid()}.part{file.suffix}")
     try:
@@ -63,26 +66,25 @@ def written_whole(file: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+def make_folder(folder: Path) -> Path:
+    """Creates a folder unless it exists, and returns it. Raises UserError on failure."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create the folder {folder}: {error.strerror}") from error
+    return folder
+
+
 def write(file: Path, ids: np.ndarray, annotation: dict) -> None:
-    """Writes an id map (H, W) of 0 to 2^24 - 1 as a PNG with its annotation inside."""
+    """Writes an id map (H, W) of 0 to 2^24 - 1 as a PNG that contains its annotation."""
     info = PngInfo()
     info.add_text(CHUNK, json.dumps(annotation))
     with written_whole(file) as unfinished:
         Image.fromarray(id2rgb(ids)).save(unfinished, pnginfo=info)
 
 
-def is_whole(file: Path) -> bool:
-    """Whether an image file is there and not cut off, by its checksums."""
-    try:
-        with Image.open(file) as image:
-            image.verify()
-    except (OSError, SyntaxError, ValueError):
-        return False
-    return True
-
-
 def read_annotation(file: Path) -> dict | None:
-    """The annotation inside a PNG; None where the file is missing, broken, or not written by :func:`write`."""
+    """Reads the annotation inside a PNG; None if the file is missing, broken, or not from :func:`write`."""
     try:
         with Image.open(file) as image:
             text = image.info[CHUNK]
@@ -92,8 +94,16 @@ def read_annotation(file: Path) -> dict | None:
         return None
 
 
-def write_json(file: Path, images: list[dict], annotations: list[dict], categories: list[dict]) -> None:
-    """Writes a COCO panoptic JSON."""
+def write_json(file: Path, entries: list[dict], categories: list[dict]) -> None:
+    """Writes a COCO panoptic JSON and reports it.
+
+    Args:
+        file: the JSON.
+        entries: dicts with the "image" and the "annotation" of each image.
+        categories: of the JSON.
+    """
+    images, annotations = ([entry[key] for entry in entries] for key in ("image", "annotation"))
     content = {"images": images, "annotations": annotations, "categories": categories}
     with written_whole(file) as unfinished:
         unfinished.write_text(json.dumps(content))
+    print(f"{file}: {len(entries)} images")

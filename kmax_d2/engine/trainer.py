@@ -22,7 +22,7 @@ from torch import nn
 
 from ..checkpoint import KMaXCheckpointer
 from ..checkpoint.download import is_address
-from ..data import MAPPER_REGISTRY, PanopticTestMapper, SkipBroken, WithPartner, skip_samples, training_records
+from ..data import MAPPER_REGISTRY, PanopticTestMapper, SkipBroken, WithPasteSource, skip_samples, training_records
 from ..errors import HideUserErrors, UserError
 from ..evaluation import build_evaluator
 from ..speed import require_precision, training_model, use_precision
@@ -103,7 +103,7 @@ class Trainer(DefaultTrainer):
         if isinstance(dataset, list):
             dataset = DatasetFromList(dataset, copy=False)  # in memory that all workers share
         if cfg.INPUT.COPY_PASTE:
-            dataset = WithPartner(dataset)
+            dataset = WithPasteSource(dataset)
         if cfg.INPUT.SKIP_BROKEN:
             mapper = SkipBroken(mapper, len(dataset))
         return build_detection_train_loader(cfg, mapper=mapper, dataset=dataset)

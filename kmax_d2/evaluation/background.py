@@ -9,7 +9,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 
 from detectron2.utils import comm
 
-from ..data.parallel import num_cores
+from ..parallel import num_cores
 
 WAITING = 4  # images for each process, so that those not evaluated yet take little memory
 

@@ -14,7 +14,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from panopticapi.utils import rgb2id
 
-from ..data.parallel import parallel_map
+from ..parallel import parallel_map
 from .rle import encode_masks
 
 logger = logging.getLogger(__name__)

@@ -53,7 +53,7 @@ from panopticapi.utils import rgb2id
 from tabulate import tabulate
 from torch import nn
 
-from ..data import MAPPER_REGISTRY, WithPartner, training_records
+from ..data import MAPPER_REGISTRY, WithPasteSource, training_records
 from ..engine import load_config
 from ..engine.inference import inference_model
 from ..engine.precision import PRECISIONS, use_precision
@@ -259,7 +259,7 @@ def _training_records(cfg: CfgNode) -> Iterator[dict]:
         records = training_records(cfg.DATASETS.TRAIN, filter_empty=False)
     except (FileNotFoundError, AssertionError) as error:
         raise UserError(f"the training data {', '.join(cfg.DATASETS.TRAIN)} are not on disk: {error}") from error
-    records = WithPartner(records) if cfg.INPUT.COPY_PASTE else records
+    records = WithPasteSource(records) if cfg.INPUT.COPY_PASTE else records
     return (records[index % len(records)] for index in itertools.count())
 
 

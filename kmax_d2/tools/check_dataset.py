@@ -120,8 +120,8 @@ def size_table(dataset: Dataset, findings: list[Findings]) -> str:
 
 def draw_sample(sample: Sample, dataset: Dataset) -> np.ndarray:
     """An overlay of the annotation on the image, of at most LONG_SIDE pixels or enlarged, (H, W, 3) uint8, RGB."""
-    image = Image.fromarray(read_image({"file_name": sample.image}, "RGB"))
-    colors = Image.fromarray(read_image({"file_name": sample.png}, "RGB"))
+    image = Image.fromarray(read_image({"file_name": sample.image}))
+    colors = Image.fromarray(read_image({"file_name": sample.png}))
     scale = min(1.0, LONG_SIDE / max(image.size))
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     ids = rgb2id(np.asarray(colors.resize(size, Image.Resampling.NEAREST)))

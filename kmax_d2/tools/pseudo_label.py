@@ -28,13 +28,12 @@ from tqdm import tqdm
 
 from ..checkpoint.checkpointer import load_weights
 from ..data.mapper import PanopticTestMapper
-from ..data.panoptic_png import describe, read_annotation, write, written_whole
-from ..data.parallel import parallel_map
-from ..data.prepare import make_folder, write_json
+from ..data.panoptic_png import describe, make_folder, read_annotation, write, write_json, written_whole
 from ..engine import launch, load_config
 from ..speed import inference_model, require_precision, use_precision
 from ..engine.setup import choose_device, prepare_datasets
 from ..errors import UserError, exit_on_user_error
+from ..parallel import parallel_map
 
 
 class Images(Dataset):

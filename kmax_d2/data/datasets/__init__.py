@@ -1,13 +1,18 @@
-"""Datasets; importing it registers the embedded ones, and those that lie below $DETECTRON2_DATASETS."""
+"""Datasets; importing this package registers the embedded one and those below $DETECTRON2_DATASETS."""
 
 import os
 
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
-from . import ade20k, coco_panoptic, shapes, test_sets
+from . import ade20k, coco_panoptic, server_splits, shapes
 
 
-def _register_shapes() -> None:
+def register_all(root: str) -> None:
+    """Registers the datasets that Detectron2 itself lacks; files are read or drawn when a dataset is first used.
+
+    Args:
+        root: the folder that contains ADEChallengeData2016, cityscapes and coco.
+    """
     folder = shapes.folder()
     for split in shapes.SPLITS:
         coco_panoptic.register(
@@ -18,24 +23,18 @@ def _register_shapes() -> None:
             categories=shapes.CATEGORIES,
             prepare=shapes.prepare,
         )
-
-
-def _register_coco_unlabeled(root: str) -> None:
-    """COCO's unlabeled images with panoptic labels that a model has predicted."""
-    folder = os.path.join(root, "coco")
+    coco = os.path.join(root, "coco")
     coco_panoptic.register(
-        "coco_2017_unlabeled_panoptic",
-        os.path.join(folder, "unlabeled2017"),
-        os.path.join(folder, "panoptic_unlabeled2017"),
-        os.path.join(folder, "annotations", "panoptic_unlabeled2017.json"),
+        "coco_2017_unlabeled_panoptic",  # with labels that a model has predicted
+        os.path.join(coco, "unlabeled2017"),
+        os.path.join(coco, "panoptic_unlabeled2017"),
+        os.path.join(coco, "annotations", "panoptic_unlabeled2017.json"),
         categories=COCO_CATEGORIES,
     )
+    ade20k.register(root)
+    server_splits.register(root)
 
 
-_ROOT = os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
-_register_shapes()
-_register_coco_unlabeled(_ROOT)
-ade20k.register(_ROOT)
-test_sets.register(_ROOT)
+register_all(os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets")))
 
-__all__ = ["ade20k", "coco_panoptic", "shapes", "test_sets"]
+__all__ = ["ade20k", "coco_panoptic", "register_all", "server_splits", "shapes"]

@@ -8,12 +8,12 @@ from detectron2.data.datasets.builtin_meta import ADE20K_SEM_SEG_CATEGORIES
 
 from . import coco_panoptic
 
-# Contiguous classes that are stuff; the other hundred are the things of ADE20K's instance segmentation task.
+# Contiguous stuff classes; the other hundred are the things of ADE20K's instance segmentation task.
 STUFF = {
     *(0, 1, 2, 3, 4, 5, 6, 9, 11, 13, 16, 17, 21, 25, 26, 28, 29, 34, 40, 46, 48, 51, 52, 54, 59),
     *(60, 61, 63, 68, 77, 79, 84, 91, 94, 96, 99, 100, 101, 105, 106, 109, 113, 114, 117, 122, 128, 131, 140, 141, 145),
 }
-# A class has several names in Detectron2's list, the usual one first.
+# Detectron2 lists several names per class, the most common first.
 CATEGORIES = [
     {"id": index, "name": names.split(",")[0].strip(), "isthing": int(index not in STUFF)}
     for index, names in enumerate(ADE20K_SEM_SEG_CATEGORIES)
@@ -21,10 +21,10 @@ CATEGORIES = [
 
 
 def register(root: str) -> None:
-    """Registers `ade20k_panoptic_train` and `ade20k_panoptic_val`; nothing is read before it is asked for.
+    """Registers `ade20k_panoptic_train` and `ade20k_panoptic_val`; files are read when a dataset is first used.
 
     Args:
-        root: the folder that ADEChallengeData2016 lies in.
+        root: the folder that contains ADEChallengeData2016.
     """
     folder = os.path.join(root, "ADEChallengeData2016")
     for split, images in (("train", "training"), ("val", "validation")):

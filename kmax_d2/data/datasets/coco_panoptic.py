@@ -7,15 +7,14 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
-
 from ...errors import UserError
+from . import catalog
 
 IGNORE_LABEL = 65535
 
 
 def read_json(json_file: str) -> dict:
-    """The annotation file's contents. Raises UserError where it is missing or is no COCO panoptic JSON."""
+    """Reads an annotation file. Raises UserError if it is missing or not a COCO panoptic JSON."""
     try:
         content = json.loads(Path(json_file).read_text())
     except OSError as error:
@@ -29,19 +28,19 @@ def read_json(json_file: str) -> dict:
 
 
 def _categories(content: dict, json_file: str) -> list[dict]:
-    """The categories of an annotation file. Raises UserError for one that does not say what it is."""
+    """Returns the categories of an annotation file. Raises UserError if one is incomplete."""
     for category in content["categories"]:
-        absent = [key for key in ("id", "name", "isthing") if key not in category]
-        if absent:
-            raise UserError(f"{json_file}: the category {category} has no {' and no '.join(absent)}")
+        missing = [key for key in ("id", "name", "isthing") if key not in category]
+        if missing:
+            raise UserError(f"{json_file}: the category {category} has no {' and no '.join(missing)}")
     return content["categories"]
 
 
 def load(json_file: str, image_root: str, panoptic_root: str, categories: Sequence[dict] | None = None) -> list[dict]:
-    """Detectron2's records of a dataset, classes contiguous in the order of `categories`, else of the JSON's own.
+    """Loads Detectron2's records of a dataset, with classes contiguous in the order of `categories` or of the JSON's.
 
-    Each has "file_name", "pan_seg_file_name", "height", "width", "image_id" and "segments_info". Raises UserError where
-    an image or a PNG is missing or a segment's category is not defined.
+    Each has "file_name", "pan_seg_file_name", "height", "width", "image_id" and "segments_info". Raises UserError if
+    an image or a PNG is missing or a segment's category is undefined.
     """
     content = read_json(json_file)
     categories = categories or _categories(content, json_file)
@@ -52,7 +51,7 @@ def load(json_file: str, image_root: str, panoptic_root: str, categories: Sequen
     for annotation in content["annotations"]:
         image = images.get(annotation["image_id"])
         if image is None:
-            raise UserError(f"{json_file}: the annotation {annotation['file_name']} has an image_id that no image has")
+            raise UserError(f"{json_file}: no image has the image_id of the annotation {annotation['file_name']}")
         segments = []
         for segment in annotation["segments_info"]:
             category = segment["category_id"]
@@ -74,27 +73,23 @@ def load(json_file: str, image_root: str, panoptic_root: str, categories: Sequen
         )
     if not records:
         raise UserError(f"{json_file} has no annotations")
-    _require_files([record["file_name"] for record in records], "images", json_file)
-    _require_files([record["pan_seg_file_name"] for record in records], "panoptic PNGs", json_file)
+    require_files([record["file_name"] for record in records], "images", json_file)
+    require_files([record["pan_seg_file_name"] for record in records], "panoptic PNGs", json_file)
     return records
 
 
-def _require_files(files: list[str], what: str, json_file: str) -> None:
-    # One listing of each folder is far cheaper than a look-up for each file.
-    present: dict[str, set[str]] = {}
-    missing = []
-    for file in files:
-        folder, name = os.path.split(file)
-        if folder not in present:
-            present[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if name not in present[folder]:
-            missing.append(file)
+def require_files(files: list[str], what: str, json_file: str) -> None:
+    """Raises UserError if any of the files, named as `what` of the JSON, is missing."""
+    # Listing each folder once is far cheaper than looking up each file.
+    folders = {os.path.dirname(file) for file in files}
+    present = {(folder, name) for folder in folders if os.path.isdir(folder) for name in os.listdir(folder)}
+    missing = [file for file in files if os.path.split(file) not in present]
     if missing:
         raise UserError(f"{len(missing)} of {len(files)} {what} of {json_file} are missing, first {missing[0]}")
 
 
 def metadata_of(categories: Sequence[dict]) -> dict:
-    """Detectron2's panoptic metadata: names, colors and the contiguous id of each category, things and stuff."""
+    """Returns Detectron2's panoptic metadata: names, colors, and the contiguous id of each thing and stuff category."""
     names = [category["name"] for category in categories]
     colors = [category.get("color") or _color(index) for index, category in enumerate(categories)]
     ids = {category["id"]: index for index, category in enumerate(categories)}
@@ -111,13 +106,9 @@ def metadata_of(categories: Sequence[dict]) -> dict:
 
 
 def _color(index: int) -> list[int]:
-    """A color for a category that has none: bits of the index spread over the channels, as in Pascal VOC."""
-    color = [0, 0, 0]
-    index += 1
-    for bit in range(8):
-        for channel in range(3):
-            color[channel] |= ((index >> (3 * bit + channel)) & 1) << (7 - bit)
-    return color
+    """Returns a color for a category without one: the bits of 1 + its index spread over the channels (Pascal VOC)."""
+    bits = [(index + 1) >> bit & 1 for bit in range(24)]
+    return [sum(bits[3 * bit + channel] << (7 - bit) for bit in range(8)) for channel in range(3)]
 
 
 def register(
@@ -130,14 +121,14 @@ def register(
     prepare: Callable[[], object] | None = None,
     evaluator_type: str = "coco_panoptic_seg",
 ) -> None:
-    """Registers a dataset in Detectron2's catalogs; nothing but the categories is read before it is asked for.
+    """Registers a dataset in Detectron2's catalogs; apart from the categories, files are read when it is first used.
 
     Args:
-        name: name in the catalogs; an earlier dataset of the name is replaced.
-        image_root, panoptic_root, json_file: where the data lie.
-        categories: the JSON's categories, where they are known without reading it.
-        prepare: called before the records are loaded, to make the files if they are not there.
-        evaluator_type: names the evaluators of the dataset.
+        name: name in the catalogs; a previous dataset of the same name is replaced.
+        image_root, panoptic_root, json_file: where the data are.
+        categories: the JSON's categories, if they are known without reading it.
+        prepare: called before the records are loaded, to create the files if needed.
+        evaluator_type: selects the dataset's evaluators.
     """
     if categories is None:
         categories = _categories(read_json(json_file), json_file)
@@ -147,11 +138,9 @@ def register(
             prepare()
         return load(json_file, image_root, panoptic_root, categories)
 
-    if name in DatasetCatalog:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-    DatasetCatalog.register(name, records)
-    MetadataCatalog.get(name).set(
+    catalog.register(
+        name,
+        records,
         image_root=image_root,
         panoptic_root=panoptic_root,
         panoptic_json=json_file,

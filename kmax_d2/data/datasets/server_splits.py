@@ -1,0 +1,63 @@
+"""COCO and Cityscapes test splits, whose ground truth only the benchmark servers have, for submissions."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+from detectron2.data.datasets.builtin_meta import CITYSCAPES_CATEGORIES, COCO_CATEGORIES
+
+from ...errors import UserError
+from . import catalog
+from .coco_panoptic import metadata_of, require_files
+
+SUFFIX = "_leftImg8bit.png"  # of Cityscapes' images
+
+
+def load_coco(json_file: str, image_root: str) -> list[dict]:
+    """Loads records of the images in an image_info JSON. Raises UserError if it or an image is missing."""
+    try:
+        images = json.loads(Path(json_file).read_text())["images"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot read the list of images {json_file}: {error!r}") from error
+    records = [
+        {
+            "file_name": os.path.join(image_root, image["file_name"]),
+            "image_id": image["id"],
+            "height": image["height"],
+            "width": image["width"],
+        }
+        for image in images
+    ]
+    require_files([record["file_name"] for record in records], "images", json_file)
+    return records
+
+
+def load_cityscapes(image_root: str) -> list[dict]:
+    """Loads records of the images below a split's folder. Raises UserError if there are none."""
+    files = sorted(Path(image_root).glob(f"*/*{SUFFIX}"))
+    if not files:
+        raise UserError(f"no images {image_root}/*/*{SUFFIX}")
+    return [{"file_name": str(file), "image_id": file.name.removesuffix(SUFFIX)} for file in files]
+
+
+def register(root: str) -> None:
+    """Registers the test splits of COCO and Cityscapes; files are read when a split is first used.
+
+    Args:
+        root: the folder that contains coco and cityscapes.
+    """
+    coco = {"evaluator_type": "coco_panoptic_seg", **metadata_of(COCO_CATEGORIES)}
+    for split in ("test", "test-dev"):
+        json_file = os.path.join(root, "coco", "annotations", f"image_info_{split}2017.json")
+        load = partial(load_coco, json_file, os.path.join(root, "coco", "test2017"))
+        catalog.register(f"coco_2017_{split}_panoptic", load, server_name=f"{split}2017", **coco)
+    catalog.register(
+        "cityscapes_fine_panoptic_test",
+        partial(load_cityscapes, os.path.join(root, "cityscapes", "leftImg8bit", "test")),
+        evaluator_type="cityscapes_panoptic_seg",
+        server_name="cityscapes_panoptic_test",
+        **metadata_of(CITYSCAPES_CATEGORIES),
+    )

@@ -1,0 +1,37 @@
+"""Applies a function to many items in several processes, with a progress bar."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from tqdm import tqdm
+from tqdm.contrib.concurrent import process_map
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def num_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def parallel_map(
+    function: Callable[[Item], Result], items: Iterable[Item], description: str, workers: int = 0
+) -> list[Result]:
+    """Returns the function's results in the order of the items.
+
+    Args:
+        function: must be picklable. An exception that it raises in any process is raised here and stops the rest.
+        items: its arguments, also picklable.
+        description: label of the progress bar.
+        workers: number of processes; 0 uses one per core, and 1 runs in this process.
+    """
+    items = list(items)
+    workers = min(workers or num_cores(), len(items))
+    bar = {"desc": description, "total": len(items), "mininterval": 0.5, "dynamic_ncols": True}
+    if workers <= 1:
+        return list(tqdm(map(function, items), **bar))
+    return process_map(function, items, max_workers=workers, chunksize=1, **bar)
