@@ -171,10 +171,9 @@ def test_other_weights_are_not_imagenets():
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """An empty Hugging Face cache, and a hub that does not answer; gives the folder of TIMM_NAME's cached files."""
+    """An empty Hugging Face cache and no network; gives the folder of TIMM_NAME's cached files."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    template = "http://127.0.0.1:1/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     return tmp_path / "hub" / f"models--timm--{TIMM_NAME}"
 
 

@@ -31,10 +31,7 @@ def cached_file(address: str) -> str:
 def download(address: str) -> str:
     """Downloads an address unless it is in the cache, and returns the path of the local copy.
 
-    PathManager writes under a temporary name first, so that an interrupted download is never taken for the file.
-
-    Raises:
-        UserError: there is no network, or the server does not have the file.
+    Raises UserError where there is no network or no such file. What is interrupted leaves no file behind.
     """
     file = cached_file(address)
     previous = socket.getdefaulttimeout()

@@ -91,11 +91,11 @@ def imagenet_to_state_dict(
     Returns:
         Tensors by our names, "backbone.…", without the classifier and `num_batches_tracked`.
     """
-    is_caffe2 = _CAFFE2_RESNET <= state_dict.keys()
+    is_caffe2 = state_dict.keys() >= _CAFFE2_RESNET
     if is_caffe2:
         mean, std = _CAFFE2_MEAN, _CAFFE2_STD
         state_dict = dict(zip(convert_basic_c2_names(list(state_dict)), state_dict.values(), strict=True))
-    is_convnext = _CONVNEXT <= state_dict.keys()
+    is_convnext = state_dict.keys() >= _CONVNEXT
     result = {}
     for name, tensor in state_dict.items():
         name = rename(name, _CONVNEXT_RULES if is_convnext else _RESNET_RULES)
@@ -127,16 +127,13 @@ def _fold_norms(weights: dict[str, torch.Tensor]) -> None:
 
 
 def load_timm(name: str, pixel_mean: torch.Tensor, pixel_std: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Reads the backbone of one of timm's pretrained ResNets or ConvNeXts, with our names.
-
-    The file comes from Hugging Face's cache, or is downloaded into it.
+    """Reads the backbone of one of timm's pretrained ResNets or ConvNeXts, through Hugging Face's cache.
 
     Args:
         name: timm's name with its tag, such as "convnext_tiny.fb_in22k_ft_in1k_384".
         pixel_mean, pixel_std: (3, 1, 1) scaling of our RGB input, with pixels in 0..255.
 
-    Raises:
-        UserError: timm has no such weights, they cannot be downloaded, or they are of another kind of network.
+    Raises UserError where timm has no such weights, they cannot be downloaded, or are of another kind of network.
     """
     if not is_model_pretrained(name):
         raise UserError(f"timm has no pretrained weights {name}{did_you_mean(name, list_pretrained())}")

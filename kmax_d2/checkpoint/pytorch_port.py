@@ -112,11 +112,7 @@ def check_port_options(model: nn.Module) -> None:
 
     Its network differs from the official one in these points, and the shapes of the weights do not show all of them.
 
-    Args:
-        model: a :class:`~kmax_d2.modeling.KMaXDeepLab`.
-
-    Raises:
-        UserError: they do not; the message lists the options to set.
+    Raises UserError with the options to set where a :class:`~kmax_d2.modeling.KMaXDeepLab` has others.
     """
     wrong = []
     blocks = [module for module in model.pixel_decoder.modules() if isinstance(module, Bottleneck)]
