@@ -16,12 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from panopticapi.utils import rgb2id
 from PIL import Image
 
 from kmax_d2.data.panoptic_png import is_whole, written_whole
 from kmax_d2.data.parallel import parallel_map
 from kmax_d2.data.prepare import find, make_folder, make_panoptic, parse_args, write_json
+from kmax_d2.data.segment_ids import rgb2id
 from kmax_d2.errors import UserError, exit_on_user_error
 
 try:

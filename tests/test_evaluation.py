@@ -10,11 +10,11 @@ import torch
 from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, Instances
 from panopticapi.evaluation import pq_compute
-from panopticapi.utils import id2rgb, rgb2id
 from PIL import Image
 from torchvision.ops import masks_to_boxes
 
 from kmax_d2.data.datasets import coco_panoptic, shapes
+from kmax_d2.data.segment_ids import id2rgb, rgb2id
 from kmax_d2.engine import load_config
 from kmax_d2.evaluation import build_evaluator
 

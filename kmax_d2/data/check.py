@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
-from panopticapi.utils import rgb2id
 
 from ..errors import UserError
 from .datasets.coco_panoptic import metadata_of, read_json
 from .mapper import read_image
 from .panoptic_png import NUM_IDS, describe
 from .parallel import parallel_map
+from .segment_ids import rgb2id
 
 # The fields that the entries of a COCO panoptic JSON must have, and their types.
 CATEGORY = {"id": int, "name": str, "isthing": int}

@@ -12,13 +12,13 @@ from detectron2.config import configurable
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.utils.registry import Registry
-from panopticapi.utils import rgb2id
 from PIL import Image, UnidentifiedImageError
 
 from ..errors import UserError
 from .augmentation import RandomPadCrop, ResizeToFit
 from .color import ColorPolicy
 from .copy_paste import PARTNER, copy_paste
+from .segment_ids import rgb2id
 
 logger = logging.getLogger(__name__)
 
