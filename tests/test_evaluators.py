@@ -20,19 +20,19 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from miniature import miniature_ade20k, miniature_cityscapes, miniature_coco, registered
 from panopticapi.evaluation import pq_compute
-from panopticapi.utils import rgb2id
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torchvision.ops import masks_to_boxes
 
 from kmax_d2.data.datasets import coco_panoptic, shapes
+from kmax_d2.data.segment_ids import rgb2id
 from kmax_d2.engine import launch, load_config
 from kmax_d2.errors import UserError
 from kmax_d2.evaluation import build_evaluator
-from kmax_d2.evaluation.background import Background
+from kmax_d2.evaluation.pool import EvaluationPool
 from kmax_d2.evaluation.rle import encode_masks
-from kmax_d2.evaluation.semantic import SceneParsingGroundTruth, SemanticGroundTruth
+from kmax_d2.evaluation.semantic import annotated_classes, segment_classes
 
 COCO_VAL, CITYSCAPES_VAL, ADE20K_VAL = "coco_2017_val_panoptic", "cityscapes_fine_panoptic_val", "ade20k_panoptic_val"
 
@@ -50,10 +50,10 @@ def root(tmp_path_factory):
 def truth_of(name, record):
     """(H, W) segment ids and classes, -1 for void, and the segments that are no crowds."""
     ids = rgb2id(np.asarray(Image.open(record["pan_seg_file_name"])))
-    classes = SemanticGroundTruth([record], -1)(record["pan_seg_file_name"])
+    classes = segment_classes(record["pan_seg_file_name"], record["segments_info"], -1)
     if name == ADE20K_VAL:
         file = record["pan_seg_file_name"].replace("ade20k_panoptic_val", "annotations/validation")
-        classes = SceneParsingGroundTruth(-1)(file)
+        classes = annotated_classes(file, -1)
     return ids, classes, [segment for segment in record["segments_info"] if not segment["iscrowd"]]
 
 
@@ -397,8 +397,8 @@ def test_two_processes_score_what_one_does(root, tmp_path):
 
 
 def _fail_with_processes(submitted):
-    background = Background(print)
-    background.submit(submitted, 0)
+    pool = EvaluationPool(print)
+    pool.submit(submitted, 0)
     raise ValueError("something else")
 
 

@@ -1,4 +1,4 @@
-"""Where predictions are written: a folder for a benchmark's server, or one that is gone after each image."""
+"""Folders and archives of predictions, as the benchmarks' servers take them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from detectron2.utils import comm
 
@@ -16,8 +17,8 @@ from ..errors import UserError
 
 
 @contextlib.contextmanager
-def target(folder: Path | None) -> Iterator[Path]:
-    """The folder; without one, a new one that is deleted after use."""
+def folder_or_scratch(folder: Path | None) -> Iterator[Path]:
+    """Gives the folder, or for None a temporary one that is deleted afterwards."""
     if folder is not None:
         yield folder
         return
@@ -25,26 +26,26 @@ def target(folder: Path | None) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def start(folder: Path | None) -> None:
-    """Makes a folder anew on the main process, where predictions are kept; the other processes wait."""
+def empty_folder(folder: Path | None) -> None:
+    """Creates an empty folder, if any, on the main process, while the others wait. Raises UserError if it cannot."""
     if folder is not None and comm.is_main_process():
         try:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
         except OSError as error:
-            raise UserError(f"cannot make the folder {folder} for the predictions: {error.strerror}") from error
+            raise UserError(f"cannot create the folder {folder} for the predictions: {error.strerror}") from error
     comm.synchronize()
 
 
 def archive(file: Path, *parts: Path) -> None:
-    """A zip file of files and whole folders beside it."""
-    with zipfile.ZipFile(file, "w") as archived:  # PNGs are as small as they get: no second compression
+    """Writes a zip file of files and whole folders in its own folder."""
+    with zipfile.ZipFile(file, "w") as archived:  # PNGs are compressed already
         for part in parts:
             for member in sorted(part.rglob("*")) if part.is_dir() else [part]:
                 archived.write(member, member.relative_to(file.parent))
 
 
-def narrow(labels: torch.Tensor, largest: int):
-    """Labels of 0 to `largest` as a NumPy array of the smallest integers that hold them, cheap to hand on."""
+def compact(labels: torch.Tensor, largest: int) -> np.ndarray:
+    """Converts labels of 0 to `largest` to a NumPy array of the smallest integers that hold them."""
     dtype = torch.uint8 if largest < 256 else torch.int16 if largest < 1 << 15 else torch.int32
     return labels.to(dtype).cpu().numpy()
