@@ -13,13 +13,13 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
 from detectron2.utils.file_io import PathManager
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
 
 from ..errors import UserError
 from .deeplab2 import deeplab2_to_state_dict
@@ -36,7 +36,7 @@ _OF_NUMPY = {"_reconstruct", "_frombuffer", "scalar", "ndarray", "dtype"}
 _OF_OTHERS = {("collections", "OrderedDict"), ("_codecs", "encode")}
 
 
-def read_checkpoint(path: str, model: nn.Module, *, resume: bool = False) -> dict:
+def read_checkpoint(path: str, model: Any, *, resume: bool = False) -> dict:
     """Reads what MODEL.WEIGHTS names.
 
     Args:
@@ -66,7 +66,7 @@ def read_checkpoint(path: str, model: nn.Module, *, resume: bool = False) -> dic
     return _in_our_names(checkpoint, model)
 
 
-def _in_our_names(checkpoint: dict, model: nn.Module) -> dict:
+def _in_our_names(checkpoint: dict, model: Any) -> dict:
     """Converts the weights by the names that they have."""
     weights = checkpoint["model"]
     if any("/" in name for name in weights):
@@ -179,7 +179,7 @@ def _read_archive(file: str) -> dict[str, np.ndarray]:
                     if not member.isfile() or not name.startswith("ckpt") or not _BUNDLE_FILE.fullmatch(name):
                         continue
                     with open(os.path.join(folder, name), "wb") as out:
-                        shutil.copyfileobj(archive.extractfile(member), out)
+                        shutil.copyfileobj(cast(IO[bytes], archive.extractfile(member)), out)
         except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise _unreadable(file, error) from error
         prefix = _newest_prefix(os.listdir(folder))

@@ -19,11 +19,12 @@ with theirs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
 from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm import list_pretrained
@@ -137,7 +138,7 @@ def load_timm(name: str, pixel_mean: torch.Tensor, pixel_std: torch.Tensor) -> d
     """
     if not is_model_pretrained(name):
         raise UserError(f"timm has no pretrained weights {name}{did_you_mean(name, list_pretrained())}")
-    pretrained = get_pretrained_cfg(name)
+    pretrained: Any = get_pretrained_cfg(name)
     try:
         file = hf_hub_download(pretrained.hf_hub_id, _WEIGHTS_FILE)
     except (OSError, HfHubHTTPError) as error:

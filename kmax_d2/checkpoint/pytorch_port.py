@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import UserError
 from ..modeling.backbones import KMaXResNet
@@ -107,7 +107,7 @@ def port_to_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torc
     return result
 
 
-def check_port_options(model: nn.Module) -> None:
+def check_port_options(model: Any) -> None:
     """Checks that a model's options fit the re-implementation's weights.
 
     Its network differs from the official one in these points, and the shapes of the weights do not show all of them.

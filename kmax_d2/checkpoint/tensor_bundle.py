@@ -142,7 +142,7 @@ def _read_index(prefix: str) -> tuple[int, dict[str, Message]]:
     return header.num_shards, entries
 
 
-def _map(shard: str) -> np.ndarray:
+def _map(shard: str) -> np.memmap:
     """Maps a file's bytes copy-on-write: the arrays can be written to, and the file stays as it is."""
     try:
         return np.memmap(shard, np.uint8, "c")
@@ -187,7 +187,7 @@ def read_variables(prefix: str) -> dict[str, np.ndarray]:
         UserError: a file is missing, damaged, or of an unsupported form of the format.
     """
     num_shards, entries = _read_index(prefix)
-    shards: dict[int, np.ndarray] = {}  # each holds a file open, and their number is limited
+    shards: dict[int, np.memmap] = {}  # each holds a file open, and their number is limited
     variables = {}
     for name, entry in entries.items():
         is_model = not (name.startswith("optimizer/") or "/.OPTIMIZER_SLOT/" in name)

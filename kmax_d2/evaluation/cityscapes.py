@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -72,7 +73,7 @@ class CityscapesEvaluator(DatasetEvaluator):
         self.pool = EvaluationPool(self.collect)
         empty_folder(self.folder)
 
-    def collect(self, result: object) -> None:
+    def collect(self, result: Any) -> None:
         """Takes the result of one image."""
         raise NotImplementedError
 

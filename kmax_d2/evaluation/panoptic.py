@@ -76,14 +76,10 @@ class PanopticEvaluator(DatasetEvaluator):
             content = read_json(self.json_file)
             self.is_thing = {category["id"]: category["isthing"] == 1 for category in content["categories"]}
             self.truth = {annotation["image_id"]: annotation for annotation in content["annotations"]}
-            self._check()
-
-    def _check(self) -> None:
-        for file, segments in ((image["file_name"], image["segments_info"]) for image in self.truth.values()):
-            missing = {key for segment in segments for key in NEEDED - segment.keys()}
-            if missing:
-                missing_keys = " and no ".join(sorted(missing))
-                raise UserError(f"{self.json_file}: a segment of {file} has no {missing_keys}, which PQ needs")
+            for annotation in self.truth.values():
+                if missing := {key for segment in annotation["segments_info"] for key in NEEDED - segment.keys()}:
+                    where = f"{self.json_file}: a segment of {annotation['file_name']}"
+                    raise UserError(f"{where} has no {' and no '.join(sorted(missing))}, which PQ needs")
 
     def reset(self) -> None:
         """Forgets all predictions, those in the folder too."""
@@ -123,7 +119,7 @@ class PanopticEvaluator(DatasetEvaluator):
         if not comm.is_main_process():
             return None
         if self.folder is not None:
-            self._write([prediction for predictions, _ in everyone for prediction in predictions])
+            self._write(self.folder, [prediction for predictions, _ in everyone for prediction in predictions])
         if self.truth is None:
             logger.info("there is no ground truth: predictions are only written")
             return None
@@ -143,7 +139,7 @@ class PanopticEvaluator(DatasetEvaluator):
         scores = [(part, suffix, key) for part, (suffix, _) in parts.items() for key in ("pq", "sq", "rq")]
         return {"panoptic_seg": {f"{key.upper()}{suffix}": 100 * averages[part][key] for part, suffix, key in scores}}
 
-    def _write(self, predictions: list[dict]) -> None:
+    def _write(self, folder: Path, predictions: list[dict]) -> None:
         predictions.sort(key=lambda prediction: prediction["image_id"])
         names = [prediction["file_name"] for prediction in predictions]
         if len(set(names)) < len(names):
@@ -151,9 +147,8 @@ class PanopticEvaluator(DatasetEvaluator):
                 f"two images have the name {max(names, key=names.count)}, and the prediction of one is lost; "
                 "give images unique names to save predictions"
             )
-        json_file = self.folder / f"{self.name}.json"
+        json_file, archived = folder / f"{self.name}.json", folder / f"{self.name}.zip"
         categories = [{"id": id_, "name": self.names[index]} for index, id_ in sorted(self.dataset_id.items())]
         json_file.write_text(json.dumps({"annotations": predictions, "categories": categories}))
-        archived = self.folder / f"{self.name}.zip"
-        archive(archived, json_file, self.png_folder)
+        archive(archived, json_file, folder / self.name)
         logger.info("predictions for %d images are in %s", len(predictions), archived)

@@ -6,6 +6,7 @@ import multiprocessing.util
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
+from typing import Any
 
 from detectron2.utils import comm
 
@@ -21,7 +22,7 @@ class EvaluationPool:
         collect: called in this process with each function's result, in the order of submission.
     """
 
-    def __init__(self, collect: Callable[[object], None]):
+    def __init__(self, collect: Callable[[Any], None]):
         self.collect = collect
         self.workers = max(1, num_cores() // comm.get_local_size())
         self.pool: ProcessPoolExecutor | None = None

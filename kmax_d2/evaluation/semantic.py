@@ -90,7 +90,7 @@ class SemanticEvaluator(SemSegEvaluator):
 def semantic_evaluator(dataset_name: str) -> SemanticEvaluator:
     """Builds the evaluator of mIoU on a panoptic dataset's segments, over all of its classes."""
     label = MetadataCatalog.get(dataset_name).ignore_label
-    truths = {
+    truths: dict[str, Callable[[], np.ndarray]] = {
         record["file_name"]: partial(segment_classes, record["pan_seg_file_name"], record["segments_info"], label)
         for record in DatasetCatalog.get(dataset_name)
     }
@@ -108,7 +108,7 @@ def scene_parsing_evaluator(dataset_name: str) -> SemanticEvaluator:
     if not folder.is_dir():
         return semantic_evaluator(dataset_name)
     files = [record["file_name"] for record in DatasetCatalog.get(dataset_name)]
-    truths = {
+    truths: dict[str, Callable[[], np.ndarray]] = {
         file: partial(annotated_classes, str(folder / f"{Path(file).stem}.png"), metadata.ignore_label)
         for file in files
     }
