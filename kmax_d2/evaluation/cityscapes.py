@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from detectron2.utils import comm
 from PIL import Image
 
 from ..errors import UserError
-from .output import archive, compact, empty_folder, folder_or_scratch
+from .output import archive, compact, empty_folder
 from .pool import EvaluationPool
 from .rle import encode_masks
 from .semantic import class_map
@@ -43,26 +44,25 @@ def _errors_of_script() -> Iterator[None]:
         raise UserError("this cityscapesscripts needs an older NumPy: run `pip install 'numpy<2.4'`") from error
 
 
-def require_cityscapesscripts() -> None:
-    """Raises UserError if cityscapesscripts is not installed."""
-    try:
-        import cityscapesscripts  # noqa: F401
-    except ImportError as error:
-        raise UserError("evaluating Cityscapes needs cityscapesscripts: run `pip install cityscapesscripts`") from error
-
-
 class CityscapesEvaluator(DatasetEvaluator):
     """The common part of the two evaluators.
 
     Args:
         dataset_name: with "gt_dir", the folder of the cities, in its metadata; without, predictions are only written.
         folder: where to keep predictions as the server takes them, with a zip file beside it; None keeps none.
+
+    Raises:
+        UserError: cityscapesscripts is not installed.
     """
 
     truth_suffix = ""  # of the ground truth's files
 
     def __init__(self, dataset_name: str, folder: Path | None = None):
-        require_cityscapesscripts()
+        try:
+            import cityscapesscripts  # noqa: F401
+        except ImportError as error:
+            message = "evaluating Cityscapes needs cityscapesscripts: run `pip install cityscapesscripts 'numpy<2.4'`"
+            raise UserError(message) from error
         metadata = MetadataCatalog.get(dataset_name)
         self.names = metadata.stuff_classes
         self.truth_folder = metadata.get("gt_dir")
@@ -109,8 +109,8 @@ def match_instances(
     import cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling as script
     from cityscapesscripts.helpers.labels import name2label
 
-    with folder_or_scratch(folder) as target:
-        lines = []
+    with contextlib.nullcontext(folder) if folder else TemporaryDirectory(prefix="kmax_d2_") as kept:
+        target, lines = Path(kept), []
         for index, (rle, category, score) in enumerate(zip(rles, classes, scores, strict=True)):
             mask = f"{name}_{index}_{category.replace(' ', '_')}.png"
             Image.fromarray(mask_util.decode(rle) * 255).save(target / mask)
@@ -193,8 +193,8 @@ def count_pixels(
     from cityscapesscripts.helpers.labels import trainId2label
 
     ids = np.array([trainId2label[index].id for index in range(classes.max() + 1)], dtype=np.uint8)
-    with folder_or_scratch(folder) as target:
-        file = target / f"{name}_pred.png"
+    with contextlib.nullcontext(folder) if folder else TemporaryDirectory(prefix="kmax_d2_") as target:
+        file = Path(target) / f"{name}_pred.png"
         Image.fromarray(ids[classes]).save(file)
         if truth is None:
             return None
@@ -245,17 +245,13 @@ class CityscapesSemanticEvaluator(CityscapesEvaluator):
         for _, instances in everyone:
             for (group, member, number), value in instances.items():
                 statistics[group][member][number] += value
+        counts = matrix, statistics, args
         labels = {id2label[label].name: label for label in args.evalLabels}
         scores = {
             "IoU": {name: script.getIouScoreForLabel(label, matrix, args) for name, label in labels.items()},
-            "iIoU": {
-                name: script.getInstanceIouScoreForLabel(label, matrix, statistics, args)
-                for name, label in labels.items()
-            },
+            "iIoU": {name: script.getInstanceIouScoreForLabel(label, *counts) for name, label in labels.items()},
             "IoU_sup": {name: script.getIouScoreForCategory(name, matrix, args) for name in category2labels},
-            "iIoU_sup": {
-                name: script.getInstanceIouScoreForCategory(name, matrix, statistics, args) for name in category2labels
-            },
+            "iIoU_sup": {name: script.getInstanceIouScoreForCategory(name, *counts) for name in category2labels},
         }
         averages = {kind: script.getScoreAverage(of_kind, args) for kind, of_kind in scores.items()}
         result = {"mIoU": averages["IoU"]} | averages

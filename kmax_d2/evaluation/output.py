@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +11,6 @@ import torch
 from detectron2.utils import comm
 
 from ..errors import UserError
-
-
-@contextlib.contextmanager
-def folder_or_scratch(folder: Path | None) -> Iterator[Path]:
-    """Gives the folder, or for None a temporary one that is deleted afterwards."""
-    if folder is not None:
-        yield folder
-        return
-    with tempfile.TemporaryDirectory(prefix="kmax_d2_") as scratch:
-        yield Path(scratch)
 
 
 def empty_folder(folder: Path | None) -> None:
