@@ -17,7 +17,7 @@ from kmax_d2.data.panoptic_png import is_whole, written_whole
 from kmax_d2.data.parallel import parallel_map
 from kmax_d2.data.prepare import make_folder, parse_args
 from kmax_d2.errors import exit_on_user_error
-from kmax_d2.evaluation.semantic import SemanticGroundTruth
+from kmax_d2.evaluation.semantic import segment_classes
 
 VOID = 255
 
@@ -28,7 +28,7 @@ def convert(record: dict, target: Path) -> None:
     file = target / Path(png).name
     if is_whole(file):
         return
-    classes = SemanticGroundTruth([record], VOID)(png, np.uint8)
+    classes = segment_classes(png, record["segments_info"], VOID).astype(np.uint8)
     with written_whole(file) as unfinished:
         Image.fromarray(classes).save(unfinished)
 
