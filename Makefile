@@ -1,4 +1,4 @@
-# `make quickstart` and `make test` install what they need into .venv, once.
+# `make quickstart` and `make test` install what they need into .venv once.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,27 +21,30 @@ lint: $(STAMP)
 
 install: $(STAMP)
 
-# The stamp is written last, so that an interrupted install is taken up again.
-$(STAMP): setup.py constraints.txt Makefile
+# The stamp is written last, so that an interrupted install starts again. The tests compare with panopticapi, whose
+# only form on PyPI asks for numpy<2 without needing it. CONSTRAINTS=constraints-oldest.txt installs the oldest versions.
+CONSTRAINTS ?= constraints.txt
+$(STAMP): pyproject.toml setup.py $(CONSTRAINTS) Makefile
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing torch and torchvision (a few minutes, once)"
-	@$(PIP) install -c constraints.txt torch torchvision setuptools wheel
+	@$(PIP) install -c $(CONSTRAINTS) torch torchvision setuptools wheel
 	@$(BIN)/python -c "import detectron2" 2>/dev/null || $(MAKE) --no-print-directory detectron2
 	@echo "installing kmax_d2"
-	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@$(PIP) install -c $(CONSTRAINTS) -e '.[dev]'
+	@$(PIP) install --no-deps panopticapi-lite
 	@touch $@
 
-# From its repository if that can be reached, else upstream's Python source as it is packaged on PyPI.
-# That wheel is tagged for CPython 3.10 although the project uses none of its compiled part.
+# From its repository if that can be reached, or else the Python source of a build on PyPI. That wheel is tagged for
+# CPython 3.10, but this project uses none of its compiled operators.
 .PHONY: detectron2
 detectron2:
 	@echo "installing detectron2"
-	@$(PIP) install -c constraints.txt fvcore iopath pycocotools matplotlib termcolor yacs tabulate cloudpickle tqdm \
+	@$(PIP) install -c $(CONSTRAINTS) fvcore iopath pycocotools matplotlib termcolor yacs tabulate cloudpickle tqdm \
 	  tensorboard omegaconf hydra-core black packaging numpy opencv-python-headless
-	@GIT_TERMINAL_PROMPT=0 $(PIP) install --no-build-isolation -c constraints.txt \
+	@GIT_TERMINAL_PROMPT=0 $(PIP) install --no-build-isolation -c $(CONSTRAINTS) \
 	  'git+https://github.com/facebookresearch/detectron2.git' >$(VENV)/detectron2.log 2>&1 \
-	|| { echo "  its repository gave no build (see $(VENV)/detectron2.log); taking the Python source from PyPI"; \
+	|| { echo "  no build from its repository (see $(VENV)/detectron2.log); taking the Python source from PyPI"; \
 	  $(PIP) install --no-deps --only-binary=:all: --python-version 3.10 --implementation cp --upgrade \
 	  --target "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')" sal-detectron2==0.7.2; }
 

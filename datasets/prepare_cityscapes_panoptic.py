@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from panopticapi.utils import rgb2id
 from PIL import Image
 from prepare_common import convert_split, find, is_whole, make_panoptic, parse_args
 
 from kmax_d2.data.panoptic_png import written_whole
+from kmax_d2.data.segment_ids import rgb2id
 from kmax_d2.errors import UserError, exit_on_user_error
 
 try:

@@ -16,7 +16,7 @@ from prepare_common import is_whole, parse_args
 from kmax_d2.data.datasets import coco_panoptic
 from kmax_d2.data.panoptic_png import make_folder, written_whole
 from kmax_d2.errors import exit_on_user_error
-from kmax_d2.evaluation.semantic import SemanticGroundTruth
+from kmax_d2.evaluation.semantic import segment_classes
 from kmax_d2.parallel import parallel_map
 
 VOID = 255
@@ -28,7 +28,7 @@ def convert(record: dict, target: Path) -> None:
     file = target / Path(png).name
     if is_whole(file):
         return
-    classes = SemanticGroundTruth([record], VOID)(png, np.uint8)
+    classes = segment_classes(png, record["segments_info"], VOID).astype(np.uint8)
     with written_whole(file) as unfinished:
         Image.fromarray(classes).save(unfinished)
 

@@ -4,7 +4,7 @@ import pytest
 import reference
 import torch
 
-from kmax_d2.checkpoint import official_to_state_dict
+from kmax_d2.checkpoint import deeplab2_to_state_dict
 
 # The tensors are small: more threads would only wait for each other, for minutes on a busy machine.
 torch.set_num_threads(1)
@@ -18,7 +18,7 @@ def seeded():
 @pytest.fixture(scope="session")
 def coco_model():
     """ResNet-50 on COCO at full size, in inference mode, with the reference's values. Tests must not change it."""
-    state_dict = official_to_state_dict(reference.official_variables("coco_r50"))
+    state_dict = deeplab2_to_state_dict(reference.official_variables("coco_r50"))
     return reference.load_all(reference.build("coco/r50"), state_dict)
 
 

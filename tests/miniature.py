@@ -14,10 +14,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES, _get_builtin_metadata
 from detectron2.data.datasets.cityscapes_panoptic import register_all_cityscapes_panoptic
 from detectron2.data.datasets.coco_panoptic import register_coco_panoptic
-from panopticapi.utils import rgb2id
 from PIL import Image
 
 from kmax_d2.data.datasets import register_all
+from kmax_d2.data.segment_ids import rgb2id
 
 COCO_SAMPLE = Path(__file__).parent / "data" / "coco_sample"
 SCRIPTS = str(Path(__file__).parents[1] / "datasets")

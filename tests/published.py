@@ -7,13 +7,16 @@ import threading
 
 import numpy as np
 import reference
+import torch
 from small import options
-from test_tensor_bundle import SUFFIX, write_bundle
+from tf_bundle import SUFFIX, write_bundle
 
-from kmax_d2.checkpoint import official, port
+from kmax_d2.checkpoint import deeplab2, pytorch_port
 
 # The first classes of Cityscapes are stuff and the last are things, so that their order shows.
 CITYSCAPES = {"DATASETS__TEST": ("cityscapes_fine_panoptic_val",), "MODEL__KMAX__NUM_CLASSES": 19}
+# What the public PyTorch re-implementation's weights need.
+PORT_OPTIONS = {"MODEL__KMAX__RESNET__STANDARD": True, "MODEL__KMAX__PIXEL_DECODER__DILATION": 1}
 
 
 def build(**changes):
@@ -40,7 +43,7 @@ def official_variables(model):
     order = sorted(range(len(is_thing)), key=lambda index: not is_thing[index])
     state_dict, variables = model.state_dict(), {}
     for name in reference.shapes("variables_coco_r50"):
-        ours = official.state_dict_name(name)
+        ours = deeplab2.state_dict_name(name)
         if ours not in state_dict:
             continue
         array = state_dict[ours].numpy()
@@ -63,7 +66,7 @@ def port_state_dict(model):
     """A model's weights as the public PyTorch re-implementation saves them."""
     state_dict, entries = model.state_dict(), {}
     for name, shape in reference.shapes("state_dict_coco_r50").items():
-        ours = port.state_dict_name(name)
+        ours = pytorch_port.state_dict_name(name)
         ours = ours if ours in state_dict else ours.replace(".conv.", ".linear.")
         if ours not in state_dict:
             continue
@@ -83,6 +86,13 @@ def write_checkpoint(prefix, variables):
     tensors[f"{first}/.OPTIMIZER_SLOT/optimizer/m{SUFFIX}"] = (0, np.zeros(3, np.float32))
     tensors[f"global_step{SUFFIX}"] = (0, np.array(150000, np.int64))
     write_bundle(prefix, tensors, num_shards=2)
+
+
+def assert_loaded(model, expected):
+    """Checks that a model's weights, all but the counts of batches, equal `expected`."""
+    actual = weights(model)
+    assert actual.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
 
 
 class Publisher(http.server.SimpleHTTPRequestHandler):

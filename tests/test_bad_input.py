@@ -177,11 +177,11 @@ def test_checkpoints_that_do_not_fit(tmp_path):
         load_weights(model, str(tmp_path / "none.pth"))
     broken = tmp_path / "broken.pth"
     broken.write_bytes(b"not a checkpoint")
-    with pytest.raises(UserError, match=r"broken\.pth is no readable checkpoint"):
+    with pytest.raises(UserError, match=r"broken\.pth is not a readable checkpoint"):
         load_weights(model, str(broken))
     other = tmp_path / "other.pth"
     torch.save({"model": {"fc.weight": torch.zeros(3)}}, other)
-    with pytest.raises(UserError, match="holds another model: none of its weights fits"):
+    with pytest.raises(UserError, match="is for another model: none of its weights fit"):
         load_weights(model, str(other))
     fewer = Trainer.build_model(load_config("", options(MODEL__KMAX__NUM_CLASSES=2, MODEL__KMAX__NORM="BN")))
     torch.save({"model": fewer.state_dict()}, other)

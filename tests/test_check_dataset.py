@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco_panoptic import register_coco_panoptic
-from panopticapi.utils import id2rgb, rgb2id
 from PIL import Image
 
 from kmax_d2.data.check import check_sample, registered, unregistered
 from kmax_d2.data.datasets import coco_panoptic, shapes
 from kmax_d2.data.panoptic_png import describe
+from kmax_d2.data.segment_ids import id2rgb, rgb2id
 from kmax_d2.errors import UserError
 from kmax_d2.tools.check_dataset import main
 

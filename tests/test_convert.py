@@ -5,8 +5,8 @@ import pickle
 import published
 import pytest
 import torch
+from published import PORT_OPTIONS, assert_loaded
 from small import options
-from test_formats import PORT_OPTIONS, assert_loaded
 
 from kmax_d2.checkpoint import load_weights
 from kmax_d2.errors import UserError

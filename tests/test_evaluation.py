@@ -6,16 +6,15 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from detectron2.data import DatasetCatalog
-from detectron2.structures import Boxes, Instances
+from evaluated import evaluate, output_of
 from panopticapi.evaluation import pq_compute
-from panopticapi.utils import id2rgb, rgb2id
 from PIL import Image
-from torchvision.ops import masks_to_boxes
 
 from kmax_d2.data.datasets import coco_panoptic, shapes
+from kmax_d2.data.segment_ids import id2rgb
 from kmax_d2.engine import load_config
+from kmax_d2.errors import UserError
 from kmax_d2.evaluation import build_evaluator
 
 NAME = "evaluated_shapes"
@@ -30,46 +29,8 @@ def dataset(tmp_path_factory):
     return folder
 
 
-def output_of(record, spoil=False):
-    """What a model that is right gives for a record; a spoilt one misses a thing and shifts everything else."""
-    ids = rgb2id(np.asarray(Image.open(record["pan_seg_file_name"])))
-    segments = record["segments_info"]
-    if spoil:
-        ids = np.roll(ids, 6, axis=1)
-        segments = segments[1:]
-    segment_ids = torch.zeros(ids.shape, dtype=torch.int32)
-    classes = torch.zeros(ids.shape, dtype=torch.int64)
-    info, masks, labels = [], [], []
-    for index, segment in enumerate(segments, start=1):
-        mask = torch.from_numpy(ids == segment["id"])
-        segment_ids[mask] = index
-        classes[mask] = segment["category_id"]
-        info.append({"id": index, "category_id": segment["category_id"], "isthing": bool(segment["isthing"])})
-        if segment["isthing"]:
-            masks.append(mask)
-            labels.append(segment["category_id"])
-    masks = torch.stack(masks)
-    instances = Instances(
-        ids.shape,
-        pred_masks=masks,
-        pred_boxes=Boxes(masks_to_boxes(masks)),
-        scores=torch.linspace(0.9, 0.8, len(masks)),
-        pred_classes=torch.tensor(labels),
-    )
-    one_hot = torch.nn.functional.one_hot(classes, NUM_CLASSES).permute(2, 0, 1)
-    return {"panoptic_seg": (segment_ids, info), "sem_seg": one_hot, "instances": instances}
-
-
-def evaluate(output_dir, spoil):
-    evaluator = build_evaluator(load_config(""), NAME, str(output_dir))
-    evaluator.reset()
-    for record in DatasetCatalog.get(NAME):
-        evaluator.process([record], [output_of(record, spoil)])
-    return evaluator.evaluate()
-
-
 def test_a_right_prediction_scores_100_everywhere(dataset, tmp_path):
-    results = evaluate(tmp_path, spoil=False)
+    results = evaluate(NAME, tmp_path, lambda record: output_of(NAME, record))
     for name in ("PQ", "SQ", "RQ", "PQ_th", "PQ_st"):
         assert results["panoptic_seg"][name] == pytest.approx(100)
     assert results["segm"]["AP"] == pytest.approx(100)
@@ -77,18 +38,18 @@ def test_a_right_prediction_scores_100_everywhere(dataset, tmp_path):
 
 
 def test_a_spoilt_prediction_scores_what_panopticapi_and_counting_say(dataset, tmp_path):
-    results = evaluate(tmp_path / "ours", spoil=True)
+    results = evaluate(NAME, tmp_path / "ours", lambda record: output_of(NAME, record, spoil=True))
     content = json.loads((dataset / "panoptic_val.json").read_text())
     annotations, confusion = [], np.zeros((NUM_CLASSES, NUM_CLASSES))
     for record in DatasetCatalog.get(NAME):
-        output = output_of(record, spoil=True)
+        output = output_of(NAME, record, spoil=True)
         segment_ids, info = output["panoptic_seg"]
         name = record["pan_seg_file_name"].rsplit("/", 1)[-1]
         Image.fromarray(id2rgb(segment_ids.numpy())).save(tmp_path / name)
         ids = {index: category["id"] for index, category in enumerate(content["categories"])}
         info = [{"id": s["id"], "category_id": ids[s["category_id"]]} for s in info]
         annotations.append({"image_id": record["image_id"], "file_name": name, "segments_info": info})
-        truth = output_of(record)["sem_seg"].argmax(0)
+        truth = output_of(NAME, record)["sem_seg"].argmax(0)
         np.add.at(confusion, (truth.flatten(), output["sem_seg"].argmax(0).flatten()), 1)
     (tmp_path / "predictions.json").write_text(json.dumps(content | {"annotations": annotations}))
     with contextlib.redirect_stdout(io.StringIO()):
@@ -113,5 +74,38 @@ def test_only_the_results_that_are_on_are_evaluated(dataset, tmp_path):
     evaluator = build_evaluator(cfg, NAME, str(tmp_path))
     evaluator.reset()
     for record in DatasetCatalog.get(NAME):
-        evaluator.process([record], [output_of(record)])
+        evaluator.process([record], [output_of(NAME, record)])
     assert list(evaluator.evaluate()) == ["panoptic_seg"]
+
+
+def test_a_dataset_of_things_alone_and_one_without_areas(tmp_path):
+    shapes.write_split(tmp_path, "val", 2, 11)
+    json_file = tmp_path / "panoptic_val.json"
+    content = json.loads(json_file.read_text())
+    content["categories"] = [category | {"isthing": 1} for category in content["categories"]]
+    json_file.write_text(json.dumps(content))
+    place = str(tmp_path / "val"), str(tmp_path / "panoptic_val"), str(json_file)
+    coco_panoptic.register("things_alone", *place)
+    results = evaluate("things_alone", tmp_path, lambda record: output_of("things_alone", record))["panoptic_seg"]
+    assert results["PQ"] == results["PQ_th"] == pytest.approx(100)
+    assert np.isnan(results["PQ_st"])
+    del content["annotations"][1]["segments_info"][0]["area"]
+    json_file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"panoptic_val\.json: a segment of 0001\.png has no area, which PQ needs"):
+        evaluate("things_alone", tmp_path, lambda record: output_of("things_alone", record))
+
+
+def test_two_images_of_one_name_cannot_be_saved(tmp_path):
+    shapes.write_split(tmp_path, "val", 2, 11)
+    json_file = tmp_path / "panoptic_val.json"
+    content = json.loads(json_file.read_text())
+    (tmp_path / "val" / "more").mkdir()
+    (tmp_path / "val" / "0001.jpg").rename(tmp_path / "val" / "more" / "0000.jpg")
+    content["images"][1]["file_name"] = "more/0000.jpg"
+    json_file.write_text(json.dumps(content))
+    place = str(tmp_path / "val"), str(tmp_path / "panoptic_val"), str(json_file)
+    coco_panoptic.register("same_names", *place)
+    results = evaluate("same_names", tmp_path, lambda record: output_of("same_names", record))
+    assert results["panoptic_seg"]["PQ"] == pytest.approx(100)
+    with pytest.raises(UserError, match=r"two images have the name 0000\.png"):
+        evaluate("same_names", tmp_path, lambda record: output_of("same_names", record), tmp_path / "saved")

@@ -7,7 +7,7 @@ import pytest
 import reference
 import torch
 
-from kmax_d2.checkpoint import official_to_state_dict
+from kmax_d2.checkpoint import deeplab2_to_state_dict
 
 TOLERANCE = 5e-5  # of an array's largest magnitude
 MODELS = {  # the config of each reference
@@ -72,7 +72,7 @@ def official_model(tag, request):
         return request.getfixturevalue("coco_model")
     model = reference.build(MODELS[tag])
     things = model.merging.is_thing.tolist()
-    reference.load_all(model, official_to_state_dict(reference.official_variables(tag), things))
+    reference.load_all(model, deeplab2_to_state_dict(reference.official_variables(tag), things))
     return model
 
 

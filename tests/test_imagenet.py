@@ -13,7 +13,6 @@ from torch import nn
 from torchvision.models import ResNet
 from torchvision.models.resnet import Bottleneck
 
-from kmax_d2.checkpoint.download import cached_file
 from kmax_d2.checkpoint.imagenet import imagenet_to_state_dict, is_imagenet, load_timm
 from kmax_d2.errors import UserError
 from kmax_d2.modeling.backbones import KMaXConvNeXt, KMaXResNet
@@ -21,6 +20,7 @@ from kmax_d2.modeling.backbones import KMaXConvNeXt, KMaXResNet
 BLOCKS = (2, 1, 1, 1)
 # With this scaling, which is ours, the zeros that pad the first convolution's input are one color on both sides.
 OURS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+PIXELS = torch.full((2, 3, 1, 1), 127.5)  # the same as MODEL.PIXEL_MEAN and PIXEL_STD
 INNER = (..., slice(5, -5), slice(5, -5))  # of stage 2: where the padding of the image does not reach
 TIMM_NAME = "convnext_tiny.fb_in22k_ft_in1k_384"
 
@@ -80,7 +80,7 @@ def assert_same(ours, theirs):
 def test_torchvision_resnet_is_the_same_function():
     net = torchvision_resnet()
     assert is_imagenet(net.state_dict())
-    weights = imagenet_to_state_dict(net.state_dict(), **OURS)
+    weights = imagenet_to_state_dict(net.state_dict(), *PIXELS, **OURS)
     backbone = loaded(KMaXResNet(blocks=BLOCKS, standard=True, norm="BN"), weights)
     x = scaled(image(), **OURS)
     for ours, theirs in zip(backbone(x).values(), torchvision_maps(net, x), strict=True):
@@ -90,10 +90,23 @@ def test_torchvision_resnet_is_the_same_function():
 @torch.no_grad()
 def test_imagenet_scaling_is_folded_into_the_stem_of_a_resnet():
     net = torchvision_resnet()
-    backbone = loaded(KMaXResNet(blocks=BLOCKS, standard=True, norm="BN"), imagenet_to_state_dict(net.state_dict()))
+    backbone = loaded(
+        KMaXResNet(blocks=BLOCKS, standard=True, norm="BN"), imagenet_to_state_dict(net.state_dict(), *PIXELS)
+    )
     x = image(129)
     theirs = torchvision_maps(net, scaled(x, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))[1]
     assert_same(backbone(scaled(x, **OURS))["stage2"][INNER], theirs[INNER])
+
+
+@torch.no_grad()
+def test_any_scaling_of_our_input_is_folded_in():
+    net = torchvision_resnet()
+    pixels = torch.tensor([[120.0, 110.0, 100.0], [60.0, 50.0, 70.0]]).view(2, 3, 1, 1)
+    weights = imagenet_to_state_dict(net.state_dict(), *pixels)
+    backbone = loaded(KMaXResNet(blocks=BLOCKS, standard=True, norm="BN"), weights)
+    x = image(129)
+    theirs = torchvision_maps(net, scaled(x, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))[1]
+    assert_same(backbone((x - pixels[0]) / pixels[1])["stage2"][INNER], theirs[INNER])
 
 
 @torch.no_grad()
@@ -101,7 +114,7 @@ def test_detectron2_resnet_is_the_same_function():
     net = with_statistics(detectron2_resnet("BN"))
     weights = net.state_dict() | {"stem.fc.weight": torch.zeros(1000, 2048), "stem.fc.bias": torch.zeros(1000)}
     assert is_imagenet(weights)
-    backbone = loaded(KMaXResNet(standard=True, norm="BN"), imagenet_to_state_dict(weights, **OURS))
+    backbone = loaded(KMaXResNet(standard=True, norm="BN"), imagenet_to_state_dict(weights, *PIXELS, **OURS))
     x = scaled(image(), **OURS)
     for ours, theirs in zip(backbone(x).values(), net(x).values(), strict=True):
         assert_same(ours, theirs)
@@ -127,7 +140,7 @@ def test_caffe2_resnet_takes_bgr_and_has_affine_layers_for_norms():
     weights |= {"conv1_b": torch.zeros(64), "fc1000_w": torch.zeros(1000, 2048), "fc1000_b": torch.zeros(1000)}
     assert {"conv1_w", "res_conv1_bn_s", "res2_0_branch1_bn_b", "res5_2_branch2c_w"} < weights.keys()
     assert is_imagenet(weights)
-    backbone = loaded(KMaXResNet(standard=True, norm="BN"), imagenet_to_state_dict(weights))
+    backbone = loaded(KMaXResNet(standard=True, norm="BN"), imagenet_to_state_dict(weights, *PIXELS))
     x = image(129)
     theirs = net(x.flip(1) - torch.tensor([103.53, 116.28, 123.675]).view(3, 1, 1))["res2"]
     assert_same(backbone(scaled(x, **OURS))["stage2"][INNER], theirs[INNER])
@@ -141,7 +154,7 @@ def test_imagenet_scaling_is_folded_into_the_stem_of_a_convnext():
         parameter.normal_()
     assert is_imagenet(net.state_dict())
     backbone = KMaXConvNeXt(depths=shape["depths"], widths=shape["dims"], drop_path=0.0)
-    backbone = loaded(backbone, imagenet_to_state_dict(net.state_dict()))
+    backbone = loaded(backbone, imagenet_to_state_dict(net.state_dict(), *PIXELS))
     x = image()
     # Ours pads by one pixel in front, so that its second patch begins at pixel 3.
     theirs = net.stem(scaled(x[..., 3:, 3:], IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
@@ -157,52 +170,43 @@ def test_other_weights_are_not_imagenets():
 
 
 @pytest.fixture
-def no_network(tmp_path, monkeypatch):
-    """Empty caches, and a hub where nobody answers; gives the file of TIMM_NAME that is to be put by hand."""
-    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "pathmanager"))
+def hub(tmp_path, monkeypatch):
+    """An empty Hugging Face cache and no network; gives the folder of TIMM_NAME's cached files."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    template = "http://127.0.0.1:1/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    return cached_file(f"http://127.0.0.1:1/timm/{TIMM_NAME}/resolve/main/model.safetensors")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub" / f"models--timm--{TIMM_NAME}"
 
 
-def test_timm_weights_that_cannot_be_had(no_network):
+def test_timm_weights_that_cannot_be_downloaded(hub):
     with pytest.raises(UserError, match=r"no pretrained weights convnext_tinny - did you mean convnext_tiny"):
-        load_timm("convnext_tinny")
+        load_timm("convnext_tinny", *PIXELS)
     with pytest.raises(UserError) as error:
-        load_timm(TIMM_NAME)
+        load_timm(TIMM_NAME, *PIXELS)
     for part in (
-        f"timm://{TIMM_NAME}",
-        "http://127.0.0.1:1/timm/",
-        f"put the file at {no_network}",
+        f"cannot download timm://{TIMM_NAME}",
+        f"copy {hub.name} from another machine's Hugging Face cache to {hub.parent}",
         'MODEL.WEIGHTS ""',
     ):
         assert part in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_timm_weights_put_by_hand(no_network, tmp_path):
+def test_timm_weights_in_the_cache(hub):
+    snapshot = hub / "snapshots" / "1234"
+    snapshot.mkdir(parents=True)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("1234")
+    file = snapshot / "model.safetensors"
     net = ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
-    by_hand = tmp_path / no_network
-    by_hand.parent.mkdir(parents=True)
-    save_file(net.state_dict(), by_hand)
-    expected = imagenet_to_state_dict(net.state_dict())
-    weights = load_timm(TIMM_NAME)
+    save_file(net.state_dict(), file)
+    expected = imagenet_to_state_dict(net.state_dict(), *PIXELS)
+    weights = load_timm(TIMM_NAME, *PIXELS)
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
-    by_hand.write_bytes(by_hand.read_bytes()[:1000])
-    with pytest.raises(UserError, match=f"{no_network} is damaged"):
-        load_timm(TIMM_NAME)
-    save_file({"patch_embed.proj.weight": torch.zeros(1)}, by_hand)
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match=f"{file} is damaged"):
+        load_timm(TIMM_NAME, *PIXELS)
+    save_file({"patch_embed.proj.weight": torch.zeros(1)}, file)
     with pytest.raises(UserError, match="neither a ResNet nor a ConvNeXt"):
-        load_timm(TIMM_NAME)
-
-
-def test_timm_weights_in_the_hubs_own_cache(no_network, tmp_path):
-    repository = tmp_path / "hub" / f"models--timm--{TIMM_NAME}"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("1234")
-    (repository / "snapshots" / "1234").mkdir(parents=True)
-    save_file(ConvNeXt(dims=(8, 8, 8, 8)).state_dict(), repository / "snapshots" / "1234" / "model.safetensors")
-    assert load_timm(TIMM_NAME)["backbone.stem.0.weight"].shape == (8, 3, 4, 4)
+        load_timm(TIMM_NAME, *PIXELS)

@@ -118,8 +118,8 @@ def test_an_address_that_has_nothing(web, archive, source, tmp_path):
     ("fault", "message"),
     [
         ("interrupted", r"cannot download .*got only \d+ out of \d+ bytes"),
-        ("no length", r"tiny\.tar\.gz gave no checkpoint: .*cache/tiny\.tar\.gz .*cut short.* is removed; run again"),
-        ("page", r"tiny\.tar\.gz gave no checkpoint: .*cache/tiny\.tar\.gz .*a web page.* is removed; run again"),
+        ("no length", r"tiny\.tar\.gz gave no checkpoint: .*cache/tiny\.tar\.gz .*cut short.* was removed; run again"),
+        ("page", r"tiny\.tar\.gz gave no checkpoint: .*cache/tiny\.tar\.gz .*a web page.* was removed; run again"),
     ],
 )
 def test_a_faulty_download_leaves_nothing_behind(web, source, tmp_path, fault, message):

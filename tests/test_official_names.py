@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 
-from kmax_d2.checkpoint.official import official_to_state_dict, state_dict_name
+from kmax_d2.checkpoint.deeplab2 import deeplab2_to_state_dict, state_dict_name
 
 CONFIGS = {
     "coco_r50": "coco/r50",
@@ -38,7 +38,7 @@ def variables(tag):
 def test_every_variable_is_one_entry_and_every_entry_a_variable(tag):
     official = variables(tag)
     assert [name for name, count in Counter(map(state_dict_name, official)).items() if count > 1] == []
-    state_dict = official_to_state_dict(official)
+    state_dict = deeplab2_to_state_dict(official)
     assert {name: tuple(v.shape) for name, v in state_dict.items()} == own_shapes(CONFIGS[tag])
 
 
@@ -75,7 +75,7 @@ def test_name(tag, official, ours):
 def converted(tag, official):
     """One variable's array and our tensor of it."""
     array = deterministic.checkpoint_value(official, reference.shapes(f"variables_{tag}")[official])
-    return array, official_to_state_dict({official: array})[state_dict_name(official)]
+    return array, deeplab2_to_state_dict({official: array})[state_dict_name(official)]
 
 
 def test_layouts():
@@ -101,7 +101,7 @@ def test_layouts():
 @pytest.mark.parametrize("tag", ["coco_maxs", "coco_convnext_t"])
 def test_nothing_large_is_copied(tag):
     official = variables(tag)
-    state_dict = official_to_state_dict(official, [True] * 80 + [False] * 53)
+    state_dict = deeplab2_to_state_dict(official, [True] * 80 + [False] * 53)
     copied = {
         name for name, array in official.items() if not np.shares_memory(state_dict[state_dict_name(name)], array)
     }
@@ -111,7 +111,7 @@ def test_nothing_large_is_copied(tag):
 def test_part_of_a_checkpoint():
     """A pre-trained encoder's has no heads, which tell the number of classes."""
     official = {name: array for name, array in variables("coco_maxs").items() if name.startswith("encoder/")}
-    state_dict = official_to_state_dict(official, [True, False])
+    state_dict = deeplab2_to_state_dict(official, [True, False])
     assert len(state_dict) == len(official)
     assert all(name.startswith("backbone.") for name in state_dict)
 
@@ -128,8 +128,8 @@ def test_class_heads_come_to_contiguous_order(head):
         if name.startswith(head) and "class_head" in name
     }
     is_thing = [index >= 11 for index in range(19)]
-    state_dict = official_to_state_dict(official, is_thing)
-    unchanged = official_to_state_dict(official)
+    state_dict = deeplab2_to_state_dict(official, is_thing)
+    unchanged = deeplab2_to_state_dict(official)
     assert len(state_dict) == 2  # kernel and bias
     for name, array in official.items():
         rows = np.moveaxis(array.reshape(array.shape[-2:] if array.ndim > 1 else -1), -1, 0)
@@ -141,7 +141,7 @@ def test_class_heads_come_to_contiguous_order(head):
 def test_class_heads_of_another_number_of_classes_stay():
     name = "transformer_class_head/_conv/bias"
     array = np.arange(20, dtype=np.float32)
-    state_dict = official_to_state_dict({name: array}, [False, True, True])
+    state_dict = deeplab2_to_state_dict({name: array}, [False, True, True])
     assert torch.equal(state_dict[state_dict_name(name)], torch.from_numpy(array))
 
 
@@ -155,6 +155,6 @@ def test_semantic_head(logits, expected):
         "semantic_last_layer/bias": np.arange(logits, dtype=np.float32),
         "semantic_last_layer/kernel": np.arange(logits, dtype=np.float32).reshape(1, 1, 1, -1),
     }
-    state_dict = official_to_state_dict(official, [index % 2 == 0 for index in range(19)])
+    state_dict = deeplab2_to_state_dict(official, [index % 2 == 0 for index in range(19)])
     assert state_dict["semantic_head.classifier.bias"].tolist() == expected
     assert state_dict["semantic_head.classifier.weight"].flatten().tolist() == expected

@@ -9,7 +9,7 @@ import reference
 import torch
 from detectron2.modeling import build_model
 
-from kmax_d2.checkpoint.port import check_port_options, is_port, port_to_state_dict, state_dict_name
+from kmax_d2.checkpoint.pytorch_port import check_port_options, is_port, port_to_state_dict, state_dict_name
 from kmax_d2.engine import load_config
 from kmax_d2.errors import UserError
 

@@ -8,12 +8,12 @@ import pytest
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.cityscapes_panoptic import load_cityscapes_panoptic
 from miniature import load_script
-from panopticapi.utils import rgb2id
 from PIL import Image
 
 from kmax_d2.data import panoptic_png
 from kmax_d2.data.check import unregistered
 from kmax_d2.data.datasets import ade20k, coco_panoptic, shapes
+from kmax_d2.data.segment_ids import rgb2id
 from kmax_d2.errors import UserError
 
 

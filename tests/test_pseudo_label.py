@@ -11,7 +11,6 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
-from panopticapi.utils import rgb2id
 from PIL import Image
 
 import kmax_d2
@@ -19,6 +18,7 @@ from kmax_d2.checkpoint import load_weights
 from kmax_d2.data import PanopticTestMapper, PanopticTrainMapper
 from kmax_d2.data.check import unregistered
 from kmax_d2.data.datasets import coco_panoptic, shapes
+from kmax_d2.data.segment_ids import rgb2id
 from kmax_d2.engine import load_config
 from kmax_d2.errors import UserError
 from kmax_d2.tools.pseudo_label import main

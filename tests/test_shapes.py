@@ -5,10 +5,10 @@ from threading import Barrier
 
 import numpy as np
 import pytest
-from panopticapi.utils import rgb2id
 from PIL import Image
 
 from kmax_d2.data.datasets import shapes
+from kmax_d2.data.segment_ids import rgb2id
 
 THING_IDS = [category["id"] for category in shapes.THINGS]
 STUFF_IDS = [category["id"] for category in shapes.STUFF]

@@ -1,4 +1,4 @@
-"""TensorFlow's checkpoints are read bit for bit, and damage is told."""
+"""TensorFlow checkpoints are read bit for bit, and damage is reported."""
 
 from __future__ import annotations
 
@@ -9,123 +9,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tf_bundle import DTYPES, SUFFIX, entry, field, header, masked, table, write_bundle, write_entry
 
-from kmax_d2.checkpoint.crc32c import crc32c
-from kmax_d2.checkpoint.tensor_bundle import TensorBundle
+from kmax_d2.checkpoint.tensor_bundle import masked_crc32c, read_variables
 from kmax_d2.errors import UserError
 
 CHECKPOINT = Path(__file__).parent / "data" / "tf_checkpoint"
-SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
-KERNEL = f"transformer_mask_head/_conv/kernel{SUFFIX}"
-DTYPES = {"float32": 1, "float64": 2, "int32": 3, "uint8": 4, "int16": 5, "int8": 6, "int64": 9, "bool": 10}
-DTYPES |= {"float16": 19}
+KERNEL = "transformer_mask_head/_conv/kernel"
+X = f"x{SUFFIX}"
 
 
-def _plain_table() -> list[int]:
-    table = []
-    for byte in range(256):
-        for _ in range(8):
-            byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
-        table.append(byte)
-    return table
-
-
-PLAIN_TABLE = _plain_table()
-
-
-def plain_crc32c(data: bytes) -> int:
-    """The textbook's loop, byte by byte."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = crc >> 8 ^ PLAIN_TABLE[(crc ^ byte) & 0xFF]
-    return crc ^ 0xFFFFFFFF
-
-
-def masked(data: bytes) -> bytes:
-    crc = plain_crc32c(data)
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8 & 0xFFFFFFFF).to_bytes(4, "little")
-
-
-def varint(value: int) -> bytes:
-    return (bytes([value & 0x7F | 0x80]) + varint(value >> 7)) if value > 0x7F else bytes([value])
-
-
-def field(number: int, value: int | bytes) -> bytes:
-    if isinstance(value, int):
-        return varint(number << 3) + varint(value)
-    return varint(number << 3 | 2) + varint(len(value)) + value
-
-
-def block(entries: list[tuple[bytes, bytes]], restart_interval: int = 4, compression: int = 0) -> bytes:
-    """A block of a table with its trailer."""
-    data, restarts, previous = b"", [], b""
-    for i, (key, value) in enumerate(entries):
-        shared = 0
-        if i % restart_interval:
-            while shared < min(len(key), len(previous)) and key[shared] == previous[shared]:
-                shared += 1
-        else:
-            restarts.append(len(data))
-        data += varint(shared) + varint(len(key) - shared) + varint(len(value)) + key[shared:] + value
-        previous = key
-    for number in [*restarts, len(restarts)]:
-        data += number.to_bytes(4, "little")
-    data += bytes([compression])
-    return data + masked(data)
-
-
-def table(entries: dict[bytes, bytes], entries_per_block: int = 7, compression: int = 0) -> bytes:
-    """A table of several data blocks, an empty meta index and the index."""
-    data, index = b"", []
-
-    def append(content: bytes) -> bytes:
-        nonlocal data
-        handle = varint(len(data)) + varint(len(content) - 5)
-        data += content
-        return handle
-
-    ordered = sorted(entries.items())
-    for i in range(0, len(ordered), entries_per_block):
-        part = ordered[i : i + entries_per_block]
-        index.append((part[-1][0], append(block(part, compression=compression))))
-    footer = append(block([])) + append(block(index, restart_interval=1))
-    return data + footer.ljust(40, b"\0") + bytes.fromhex("57fb808b247547db")
-
-
-def entry(dtype: int, shape: tuple[int, ...], shard: int, offset: int, content: bytes, extra: bytes = b"") -> bytes:
-    """A BundleEntryProto; zeros are left out, as TensorFlow does."""
-    dims = b"".join(field(2, field(1, size) if size else b"") for size in shape)
-    data = field(1, dtype) + field(2, dims)
-    for number, value in ((3, shard), (4, offset), (5, len(content))):
-        data += field(number, value) if value else b""
-    return data + varint(6 << 3 | 5) + masked(content) + extra
-
-
-def header(num_shards: int, endianness: bytes = b"") -> bytes:
-    return field(1, num_shards) + endianness + field(3, field(1, 1))
-
-
-def write_bundle(prefix: Path, tensors: dict[str, tuple[int, np.ndarray]], num_shards: int = 1) -> None:
-    """Writes each of `tensors`, name -> (shard, array), one after the other without gaps."""
-    shards = [b""] * num_shards
-    entries = {b"": header(num_shards)}
-    for name, (shard, array) in tensors.items():
-        content = array.tobytes()
-        entries[name.encode()] = entry(DTYPES[array.dtype.name], array.shape, shard, len(shards[shard]), content)
-        shards[shard] += content
-    Path(f"{prefix}.index").write_bytes(table(entries))
-    for i, content in enumerate(shards):
-        Path(f"{prefix}.data-{i:05d}-of-{num_shards:05d}").write_bytes(content)
-
-
-def write_entry(prefix: Path, name: str, value: bytes, content: bytes, head: bytes | None = None) -> None:
-    Path(f"{prefix}.index").write_bytes(table({b"": head or header(1), name.encode(): value}))
-    Path(f"{prefix}.data-00000-of-00001").write_bytes(content)
+def is_of_model(name: str) -> bool:
+    heads = ("semantic_last_layer/", "transformer_class_head/", "transformer_mask_head/", "pixel_space_")
+    return name.startswith(heads) and ".OPTIMIZER_SLOT" not in name
 
 
 def expected() -> dict[str, np.ndarray]:
+    """The model's variables in TensorFlow's checkpoint; the file also has counters and the optimizer's."""
     with np.load(CHECKPOINT / "expected.npz") as arrays:
-        return {name.replace("|", "/"): array for name, array in arrays.items()}
+        everything = {name.replace("|", "/"): array for name, array in arrays.items()}
+    return {name.removesuffix(SUFFIX): everything[name] for name in everything if is_of_model(name)}
 
 
 def assert_same(actual: np.ndarray, array: np.ndarray) -> None:
@@ -153,147 +56,113 @@ def shard(copy) -> Path:
 
 @pytest.fixture
 def two_shards(tmp_path) -> tuple[Path, dict[str, np.ndarray]]:
-    """A bundle of two shards and several blocks, with every type and unaligned tensors; its prefix and arrays."""
+    """A bundle of two shards and several blocks, with many types and unaligned tensors; its prefix and arrays."""
     rng = np.random.default_rng(0)
     arrays = {}
     for i, dtype in enumerate(DTYPES):
-        for shape in ((), (3,), (2, 5), (0, 4), (1, 3, 1, 7)):
-            arrays[f"part{i % 3}/{dtype}/{len(shape)}"] = (rng.standard_normal(shape) * 50).astype(dtype)
+        for j, shape in enumerate([(), (3,), (2, 5), (0, 4), (1, 3, 1, 7)]):
+            arrays[f"part{i % 3}/{dtype}/{j}{SUFFIX}"] = (rng.standard_normal(shape) * 50).astype(dtype)
     prefix = tmp_path / "model.ckpt-7"
     write_bundle(prefix, {name: (i % 2, array) for i, (name, array) in enumerate(arrays.items())}, num_shards=2)
     return prefix, arrays
 
 
 def test_reads_a_checkpoint_of_tensorflow_bit_for_bit():
-    bundle = TensorBundle(str(CHECKPOINT / "ckpt-1"))
+    variables = read_variables(str(CHECKPOINT / "ckpt-1"))
     arrays = expected()
-    assert bundle.names() == sorted([*arrays, "_CHECKPOINTABLE_OBJECT_GRAPH"])
+    assert len(arrays) == 17
+    assert list(variables) == sorted(arrays)
     for name, array in arrays.items():
-        assert bundle.shape(name) == array.shape
-        assert_same(bundle.read(name), array)
-
-
-def test_variables_are_those_of_the_model():
-    variables = TensorBundle(str(CHECKPOINT / "ckpt-1")).variables()
-    batch_norm = ("beta", "gamma", "moving_mean", "moving_variance")
-    names = [f"pixel_space_{part}_batch_norm/{kind}" for part in ("feature", "mask") for kind in batch_norm]
-    names += [f"transformer_mask_head/_batch_norm/{kind}" for kind in batch_norm]
-    names += [
-        f"{head}/{kind}"
-        for head in ("semantic_last_layer", "transformer_class_head/_conv")
-        for kind in ("bias", "kernel")
-    ]
-    names += ["transformer_mask_head/_conv/kernel"]
-    assert list(variables) == sorted(names)
-    assert len(variables) == len(names) == 17
-    assert "save_counter" not in variables
-    arrays = expected()
-    for name, array in variables.items():
-        assert_same(array, arrays[name + SUFFIX])
-
-
-def test_variables_are_read_only_when_asked_for(copy, shard):
-    variables = TensorBundle(str(copy)).variables()
-    content = bytearray(shard.read_bytes())
-    content[42196] ^= 1  # the mask head's kernel
-    shard.write_bytes(content)
-    assert "transformer_mask_head/_conv/kernel" in variables
-    assert variables["semantic_last_layer/bias"].shape == (19,)
-    with pytest.raises(UserError, match="transformer_mask_head/_conv/kernel"):
-        variables["transformer_mask_head/_conv/kernel"]
+        assert_same(variables[name], array)
 
 
 def test_writing_to_an_array_leaves_the_file(copy, shard):
     content = shard.read_bytes()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # torch warns of arrays that are not writable
-        tensor = torch.from_numpy(TensorBundle(str(copy)).read(KERNEL))
+        tensor = torch.from_numpy(read_variables(str(copy))[KERNEL])
     tensor.zero_()
     assert shard.read_bytes() == content
 
 
 def test_an_aligned_tensor_is_not_copied():
-    array = TensorBundle(str(CHECKPOINT / "ckpt-1")).read(KERNEL)
+    array = read_variables(str(CHECKPOINT / "ckpt-1"))[KERNEL]
     assert isinstance(array, np.memmap) and not array.flags.owndata
 
 
 def test_reads_several_shards_and_blocks(two_shards):
     prefix, arrays = two_shards
-    bundle = TensorBundle(str(prefix))
-    assert bundle.names() == sorted(arrays)
+    arrays = {name.removesuffix(SUFFIX): array for name, array in arrays.items() if array.dtype.kind == "f"}
+    variables = read_variables(str(prefix))
+    assert len(arrays) == 15
+    assert list(variables) == sorted(arrays)
     for name, array in arrays.items():
-        assert_same(bundle.read(name), array)
-        assert bundle.read(name).flags.aligned
+        assert_same(variables[name], array)
+        assert variables[name].flags.aligned
+
+
+def test_variables_of_the_optimizer_are_left_out(tmp_path):
+    one = (0, np.ones(1, np.float32))
+    names = [X, f"optimizer/x{SUFFIX}", f"x/.OPTIMIZER_SLOT/optimizer/m{SUFFIX}", "x/.ATTRIBUTES/OTHER"]
+    write_bundle(tmp_path / "c", dict.fromkeys(names, one))
+    assert list(read_variables(str(tmp_path / "c"))) == ["x"]
 
 
 def test_reads_bfloat16_as_float32(tmp_path):
     values = torch.tensor([[1.0, -2.5, 3e38], [1e-30, 0.0, torch.inf]], dtype=torch.bfloat16)
     content = values.view(torch.int16).numpy().tobytes()
-    write_entry(tmp_path / "c", f"x{SUFFIX}", entry(14, (2, 3), 0, 0, content), content)
-    assert_same(TensorBundle(str(tmp_path / "c")).variables()["x"], values.float().numpy())
+    write_entry(tmp_path / "c", X, entry(14, (2, 3), 0, 0, content), content)
+    assert_same(read_variables(str(tmp_path / "c"))["x"], values.float().numpy())
+
+
+@pytest.mark.parametrize("length", [0, 1, 9, 4096, (1 << 18) + 3])
+def test_masked_crc32c(length):
+    data = np.random.default_rng(length).integers(0, 256, length, dtype=np.uint8)
+    assert masked_crc32c(data) == masked_crc32c(data.tobytes()) == int.from_bytes(masked(data.tobytes()), "little")
 
 
 def test_crc32c_of_the_standard_vector():
-    assert crc32c(b"123456789") == plain_crc32c(b"123456789") == 0xE3069283
-    assert crc32c(b"") == 0
-
-
-# Around the length that is folded, a step of the folding, and the pieces of a long message.
-@pytest.mark.parametrize("length", [5681, 5685, 4323 + 5681, 2 * 4323 + 5681, 1 << 18, (1 << 19) + 5681])
-def test_crc32c_of_long_messages(length):
-    data = np.random.default_rng(length).integers(0, 256, length + 2, dtype=np.uint8).tobytes()
-    for size in range(length - 2, length + 3):
-        assert crc32c(data[:size]) == plain_crc32c(data[:size]), size
-
-
-def test_crc32c_of_short_messages():
-    data = np.random.default_rng(0).integers(0, 256, 300, dtype=np.uint8).tobytes()
-    for size in range(301):
-        assert crc32c(data[:size]) == plain_crc32c(data[:size]), size
-
-
-def test_crc32c_leaves_its_data():
-    data = np.arange(20000, dtype=np.int32)
-    assert crc32c(data) == plain_crc32c(data.tobytes())
-    assert np.array_equal(data, np.arange(20000))
+    crc = 0xE3069283
+    assert masked_crc32c(b"123456789") == ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
 
 
 def test_no_index(tmp_path):
-    with pytest.raises(UserError, match=r"ckpt-9\.index is missing: give .* such as DIR/ckpt-150000"):
-        TensorBundle(str(tmp_path / "ckpt-9"))
+    with pytest.raises(UserError, match=r"cannot read .*ckpt-9\.index: No such file"):
+        read_variables(str(tmp_path / "ckpt-9"))
 
 
 def test_no_shard(two_shards):
     prefix, _ = two_shards
     prefix.with_name("model.ckpt-7.data-00001-of-00002").unlink()
     with pytest.raises(UserError, match=r"model\.ckpt-7\.data-00001-of-00002 is missing: .* download"):
-        TensorBundle(str(prefix))
+        read_variables(str(prefix))
 
 
 @pytest.mark.parametrize("size", [0, 20, 47, 48, 1000, 2030])
 def test_truncated_index(copy, index, size):
     index.write_bytes(index.read_bytes()[:size])
-    with pytest.raises(UserError, match=r"ckpt-1\.index is damaged: it is no index .* or cut short; download it again"):
-        TensorBundle(str(copy))
+    with pytest.raises(UserError, match=r"ckpt-1\.index is damaged: it is not the index .* cut short; download it"):
+        read_variables(str(copy))
+
+
+def test_an_index_that_is_only_its_mark(copy, index):
+    index.write_bytes(index.read_bytes()[-8:])
+    with pytest.raises(UserError, match=r"ckpt-1\.index is damaged"):
+        read_variables(str(copy))
 
 
 def test_not_a_table(copy, index):
     index.write_bytes(b"<html>404: not found</html>" * 100)
-    with pytest.raises(UserError, match=r"ckpt-1\.index is damaged: it is no index of a TensorFlow checkpoint"):
-        TensorBundle(str(copy))
+    with pytest.raises(UserError, match=r"ckpt-1\.index is damaged: it is not the index of a TensorFlow checkpoint"):
+        read_variables(str(copy))
 
 
-def test_truncated_shard(copy, shard):
-    shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"00000-of-00001 is cut short: .* 444545 bytes, but .* ends at byte 444546"):
-        TensorBundle(str(copy))
-
-
-def test_shard_truncated_after_opening(copy, shard):
-    bundle = TensorBundle(str(copy))
-    shard.write_bytes(shard.read_bytes()[:42200])
-    with pytest.raises(UserError, match=f"{shard.name} is damaged: the checksum"):
-        bundle.read(KERNEL)
+@pytest.mark.parametrize("size", [0, 1, 42200])
+def test_truncated_shard(copy, shard, size):
+    shard.write_bytes(shard.read_bytes()[:size])
+    message = rf"is cut short: it has {size} bytes, but .* ends at byte \d+; download" if size else "cannot read"
+    with pytest.raises(UserError, match=message):
+        read_variables(str(copy))
 
 
 def test_wrong_checksum_in_the_index(copy, index):
@@ -301,65 +170,62 @@ def test_wrong_checksum_in_the_index(copy, index):
     content[300] ^= 4
     index.write_bytes(content)
     with pytest.raises(UserError, match=r"ckpt-1\.index is damaged: the checksum of its block at byte 0 is wrong"):
-        TensorBundle(str(copy))
+        read_variables(str(copy))
 
 
 def test_wrong_checksum_of_a_tensor(copy, shard):
     content = bytearray(shard.read_bytes())
     content[42196 + 4 * 256 * 128 - 1] ^= 128  # the last byte of the mask head's kernel
     shard.write_bytes(content)
-    with pytest.raises(UserError, match=f"{shard.name} is damaged: the checksum of {KERNEL} is wrong; download it"):
-        TensorBundle(str(copy)).read(KERNEL)
+    with pytest.raises(UserError, match=f"{shard.name} is damaged: the checksum of {KERNEL}.* is wrong; download it"):
+        read_variables(str(copy))
 
 
 def test_tensor_outside_of_its_shard(tmp_path):
-    write_entry(tmp_path / "c", "x", entry(1, (2,), 0, 1, bytes(8)), bytes(8))
-    with pytest.raises(UserError, match=r"00000-of-00001 is cut short: it has 8 bytes, but x ends at byte 9"):
-        TensorBundle(str(tmp_path / "c"))
+    write_entry(tmp_path / "c", X, entry(1, (2,), 0, 1, bytes(8)), bytes(8))
+    with pytest.raises(UserError, match=r"00000-of-00001 is cut short: it has 8 bytes, but x/.* ends at byte 9"):
+        read_variables(str(tmp_path / "c"))
 
 
 def test_shard_that_is_not_counted(tmp_path):
-    write_entry(tmp_path / "c", "x", entry(1, (2,), 1, 0, bytes(8)), bytes(8))
-    with pytest.raises(UserError, match=r"c\.index is damaged: it places a tensor in shard 1 of 1"):
-        TensorBundle(str(tmp_path / "c"))
+    write_entry(tmp_path / "c", X, entry(1, (2,), 1, 0, bytes(8)), bytes(8))
+    with pytest.raises(UserError, match=r"c\.data-00001-of-00001 is missing"):
+        read_variables(str(tmp_path / "c"))
 
 
 def test_shape_of_another_size(tmp_path):
-    write_entry(tmp_path / "c", "x", entry(1, (3,), 0, 0, bytes(8)), bytes(8))
-    with pytest.raises(UserError, match=r"c\.index is damaged: it gives 8 bytes to a tensor of shape \(3,\)"):
-        TensorBundle(str(tmp_path / "c"))
+    write_entry(tmp_path / "c", X, entry(1, (3,), 0, 0, bytes(8)), bytes(8))
+    with pytest.raises(UserError, match=r"the index beside .* is damaged: it gives 8 bytes to x/.* \(3,\)"):
+        read_variables(str(tmp_path / "c"))
 
 
 def test_other_endianness(tmp_path):
-    write_entry(tmp_path / "c", "x", entry(1, (2,), 0, 0, bytes(8)), bytes(8), header(1, field(2, 1)))
+    write_entry(tmp_path / "c", X, entry(1, (2,), 0, 0, bytes(8)), bytes(8), header(1, field(2, 1)))
     with pytest.raises(UserError, match="big-endian"):
-        TensorBundle(str(tmp_path / "c"))
+        read_variables(str(tmp_path / "c"))
 
 
 def test_compressed_index(tmp_path):
     (tmp_path / "c.index").write_bytes(table({b"": header(1)}, compression=1))
     with pytest.raises(UserError, match="compressed with Snappy"):
-        TensorBundle(str(tmp_path / "c"))
+        read_variables(str(tmp_path / "c"))
 
 
 def test_no_header(tmp_path):
     (tmp_path / "c.index").write_bytes(table({b"x": entry(1, (2,), 0, 0, bytes(8))}))
-    with pytest.raises(UserError, match="has no header"):
-        TensorBundle(str(tmp_path / "c"))
+    with pytest.raises(UserError, match=r"c\.index is damaged: it has no header"):
+        read_variables(str(tmp_path / "c"))
 
 
-def test_slices_and_text_are_not_read(tmp_path):
+def test_slices_are_not_read(tmp_path):
     extents = field(7, field(1, field(1, 0) + field(2, 2)))
-    write_entry(tmp_path / "c", "x", entry(1, (4, 2), 0, 0, b"", extents), b"")
-    with pytest.raises(UserError, match="x is stored in slices"):
-        TensorBundle(str(tmp_path / "c")).read("x")
-    graph = "_CHECKPOINTABLE_OBJECT_GRAPH"
-    with pytest.raises(UserError, match=f"{graph} is of TensorFlow's type 7, which is not read"):
-        TensorBundle(str(CHECKPOINT / "ckpt-1")).read(graph)
+    write_entry(tmp_path / "c", X, entry(1, (4, 2), 0, 0, b"", extents), bytes(1))
+    with pytest.raises(UserError, match=r"x/.* is stored in slices"):
+        read_variables(str(tmp_path / "c"))
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_random_damage_gives_an_error_or_the_right_numbers(copy, index, shard, seed):
+def test_random_damage_gives_an_error_or_the_right_values(copy, index, shard, seed):
     rng = np.random.default_rng(seed)
     original = {path: path.read_bytes() for path in (index, shard)}
     arrays = expected()
@@ -376,25 +242,23 @@ def test_random_damage_gives_an_error_or_the_right_numbers(copy, index, shard, s
                 content[position] = rng.integers(256)
         path.write_bytes(content)
         try:
-            bundle = TensorBundle(str(copy))
-            assert len(bundle.names()) == 31
-        except UserError:
+            variables = read_variables(str(copy))
+        except UserError as error:
+            assert "\n" not in str(error)
             errors += 1
         else:
+            assert variables.keys() == arrays.keys()
             for name, array in arrays.items():
-                try:
-                    assert_same(bundle.read(name), array)
-                except UserError:
-                    errors += 1
+                assert_same(variables[name], array)
         path.write_bytes(original[path])
-    assert errors > 50
+    assert errors > 40
 
 
 def test_malformed_index_with_right_checksums(tmp_path):
-    """As a faulty program might write it: every block is whole, what it says is not. Errors are UserErrors."""
+    """A faulty program might write one: every block is whole, but its content is not. Errors are UserErrors."""
     rng = np.random.default_rng(0)
     prefix = tmp_path / "c"
-    shapes = {f"x{i}": shape for i, shape in enumerate([(), (130,), (0, 3), (1, 2, 64)])}
+    shapes = {f"x{i}{SUFFIX}": shape for i, shape in enumerate([(), (130,), (0, 3), (1, 2, 64)])}
     write_bundle(prefix, {name: (0, np.zeros(shape, np.float32)) for name, shape in shapes.items()})
     entries = {name.encode(): entry(1, shape, 0, 0, bytes(4 * int(np.prod(shape)))) for name, shape in shapes.items()}
     entries[b""] = header(1)
@@ -405,9 +269,10 @@ def test_malformed_index_with_right_checksums(tmp_path):
         value[rng.integers(len(value))] = rng.integers(256)
         prefix.with_suffix(".index").write_bytes(table({**entries, key: bytes(value)}))
         try:
-            bundle = TensorBundle(str(prefix))
-            for name in bundle.names():
-                assert bundle.read(name).shape == bundle.shape(name)
-        except UserError:
+            variables = read_variables(str(prefix))
+        except UserError as error:
+            assert "\n" not in str(error)
             errors += 1
+        else:
+            assert all(not array.any() for array in variables.values())
     assert 200 < errors < 300

@@ -1,4 +1,4 @@
-"""Published files, downloaded once into the cache of Detectron2's PathManager."""
+"""Downloads published files once, into the cache of Detectron2's PathManager."""
 
 from __future__ import annotations
 
@@ -17,29 +17,28 @@ TIMEOUT = 10.0  # seconds without an answer
 
 
 def is_address(path: str) -> bool:
-    """Whether a path is one to download from."""
+    """Tells whether a path is an address to download from."""
     return path.startswith(("http://", "https://", Detectron2Handler.PREFIX))
 
 
 def cached_file(address: str) -> str:
-    """Where PathManager keeps what an address gives: below $FVCORE_CACHE, or else ~/.torch/iopath_cache."""
+    """Gives the path where PathManager caches an address: in $FVCORE_CACHE, or else in ~/.torch/iopath_cache."""
     address = address.replace(Detectron2Handler.PREFIX, Detectron2Handler.S3_DETECTRON2_PREFIX)
     folder = os.path.dirname(urlparse(address).path.lstrip("/"))
     return os.path.join(get_cache_dir(), folder, address.rsplit("/", 1)[-1])
 
 
 def download(address: str) -> str:
-    """The local copy of what an address gives; it is downloaded unless it is in the cache.
+    """Downloads an address unless it is in the cache, and returns the path of the local copy.
 
-    PathManager writes under a temporary name first, so that an interrupted download leaves nothing that would be taken
-    for the file. Raises UserError where it cannot be had.
+    Raises UserError where there is no network or no such file. What is interrupted leaves no file behind.
     """
     file = cached_file(address)
     previous = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:
         if not os.path.isfile(file) and address.startswith("http"):
-            urllib.request.urlopen(address).close()  # fails in one line, where PathManager logs and shows a bar first
+            urllib.request.urlopen(address).close()  # fails before PathManager logs and shows a bar
         return PathManager.get_local_path(address)
     except (OSError, http.client.HTTPException) as error:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Weights of any published format, told apart by what the file holds and not by its name."""
+"""Reads weights of every published format, recognized by what the file holds and not by its name."""
 
 from __future__ import annotations
 
@@ -13,42 +13,46 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
 from detectron2.utils.file_io import PathManager
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
 
 from ..errors import UserError
+from .deeplab2 import deeplab2_to_state_dict
 from .download import download, is_address
 from .imagenet import imagenet_to_state_dict, is_imagenet, load_timm
-from .official import official_to_state_dict
-from .port import check_port_options, is_port, port_to_state_dict
-from .tensor_bundle import TensorBundle
+from .pytorch_port import check_port_options, is_port, port_to_state_dict
+from .tensor_bundle import read_variables
 
 TIMM = "timm://"
 _BUNDLE_FILE = re.compile(r"(.*)\.(?:index|data-\d+-of-\d+)")
-_LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what torch.save began with before it wrote zip archives
+_LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save's files began before they were zip
+# What a pickle of NumPy arrays calls, by the last part of the module's name: those of NumPy 1 and 2 differ.
+_OF_NUMPY = {"_reconstruct", "_frombuffer", "scalar", "ndarray", "dtype"}
+_OF_OTHERS = {("collections", "OrderedDict"), ("_codecs", "encode")}
 
 
-def read_checkpoint(path: str, model: nn.Module, *, resume: bool = False) -> dict:
+def read_checkpoint(path: str, model: Any, *, resume: bool = False) -> dict:
     """Reads what MODEL.WEIGHTS names.
 
     Args:
         path: a file, an address, the prefix of a TensorFlow checkpoint such as ".../ckpt-150000", or "timm://NAME".
-        model: a :class:`~kmax_d2.modeling.KMaXDeepLab` that the weights are for; it gives the order of the classes.
-        resume: whether the training state is wanted too. Without it the tensors may be views of the file.
+        model: the :class:`~kmax_d2.modeling.KMaXDeepLab` that the weights are for. It gives the order of the classes
+            and the scaling of the input.
+        resume: whether the training state is needed too. Otherwise the tensors may be views of the file.
 
     Returns:
-        "model": a state dict in our names; for a checkpoint of our own also what else it holds, such as "trainer".
+        "model": a state dict with our names; for one of our own checkpoints also its other entries, such as "trainer".
 
     Raises:
-        UserError: the file is missing, damaged or no checkpoint, or its weights ask for other options of the model.
+        UserError: the file is missing, damaged, or not a checkpoint, or its weights need other options of the model.
     """
     if path.startswith(TIMM):
-        return {"model": load_timm(path.removeprefix(TIMM))}
+        return {"model": load_timm(path.removeprefix(TIMM), model.pixel_mean, model.pixel_std)}
     file = download(path) if is_address(path) else PathManager.get_local_path(path)
     try:
         checkpoint = _read(file, resume)
@@ -58,33 +62,34 @@ def read_checkpoint(path: str, model: nn.Module, *, resume: bool = False) -> dic
         if not is_address(path):
             raise
         Path(file).unlink(missing_ok=True)
-        raise UserError(f"{path} gave no checkpoint: {error}. It is removed; run again to download it again") from error
+        raise UserError(f"{path} gave no checkpoint: {error}. It was removed; run again for a new copy") from error
     return _in_our_names(checkpoint, model)
 
 
-def _in_our_names(checkpoint: dict, model: nn.Module) -> dict:
+def _in_our_names(checkpoint: dict, model: Any) -> dict:
+    """Converts the weights by the names that they have."""
     weights = checkpoint["model"]
     if any("/" in name for name in weights):
-        return {"model": official_to_state_dict(weights, model.merging.is_thing.tolist())}
+        return {"model": deeplab2_to_state_dict(weights, model.merging.is_thing.tolist())}
     weights = {name: torch.as_tensor(value) for name, value in weights.items()}
     if is_port(weights):
         check_port_options(model)
         return {"model": port_to_state_dict(weights)}
     if is_imagenet(weights):
-        return {"model": imagenet_to_state_dict(weights)}
+        return {"model": imagenet_to_state_dict(weights, model.pixel_mean, model.pixel_std)}
     return checkpoint | {"model": weights}
 
 
 def _read(file: str, resume: bool) -> dict:
-    """Reads by content: a dict with "model" and, of a checkpoint of our own, whatever else it holds."""
+    """Reads a file by its content: a dict with "model" and, for one of our own checkpoints, its other entries."""
     bundle = _BUNDLE_FILE.fullmatch(file)
     prefix = bundle[1] if bundle else file
     if os.path.isfile(f"{prefix}.index"):
-        return {"model": dict(TensorBundle(prefix).variables())}
+        return {"model": read_variables(prefix)}
     if os.path.isdir(file):
         prefix = _newest_prefix(os.listdir(file))
         hint = f" - did you mean {os.path.join(file, prefix)}?" if prefix else ""
-        raise UserError(f"{file} is no readable checkpoint: it is a folder{hint}")
+        raise UserError(f"{file} is not a readable checkpoint: it is a folder{hint}")
     if not os.path.isfile(file):
         raise UserError(f"no checkpoint {file}")
     with open(file, "rb") as stream:
@@ -100,18 +105,18 @@ def _read(file: str, resume: bool) -> dict:
         try:
             loaded = load_file(file)
         except SafetensorError as error:
-            raise _damaged(file, error) from error
+            raise _unreadable(file, error) from error
     else:
-        raise UserError(f"{file} is no readable checkpoint: it is {_kind(head)}")
+        raise UserError(f"{file} is not a readable checkpoint: it is {_kind(head)}")
     checkpoint = loaded if isinstance(loaded, dict) and "model" in loaded else {"model": loaded}
     weights = checkpoint["model"]
     if not isinstance(weights, Mapping) or not all(isinstance(w, torch.Tensor | np.ndarray) for w in weights.values()):
-        raise UserError(f"{file} is no readable checkpoint: it holds other things than weights by name")
+        raise UserError(f"{file} is not a readable checkpoint: it does not hold weights by name")
     return checkpoint
 
 
 def _kind(head: bytes) -> str:
-    """Names what begins with `head`, of the things that are often found in place of a checkpoint."""
+    """Names the kind of file that begins with `head`, among those often found in place of a checkpoint."""
     if not head:
         return "empty"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
@@ -122,39 +127,42 @@ def _kind(head: bytes) -> str:
     return "a file of unknown format" if control & set(head) else "a text file"
 
 
-def _damaged(file: str, error: Exception) -> UserError:
-    return UserError(f"{file} is no readable checkpoint: it is damaged or cut short ({' '.join(str(error).split())})")
+def _unreadable(file: str, error: Exception) -> UserError:
+    """Words what a library said about a file as one line."""
+    reason = " ".join(str(error).split())
+    call = re.search(r"GLOBAL (\S+)", reason) if isinstance(error, pickle.UnpicklingError) else None
+    if call is not None:
+        return UserError(f"{file} is not read: besides tensors it holds {call[1]}, which could run code")
+    return UserError(f"{file} is not a readable checkpoint: it is damaged, cut short, or of another kind ({reason})")
 
 
 def _read_torch(file: str, is_zip: bool, resume: bool) -> object:
-    """What torch.save wrote."""
-    if is_zip:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                names = archive.namelist()
-        except zipfile.BadZipFile as error:
-            raise _damaged(file, error) from error
-        if not any(name.endswith("/data.pkl") for name in names):
-            raise UserError(f"{file} is no readable checkpoint: it is a zip archive not written by torch.save")
+    """Reads what torch.save wrote."""
+    if is_zip and not zipfile.is_zipfile(file):
+        raise _unreadable(file, ValueError("a zip archive without its end"))
     try:
-        # A training state lives on, and must not be a view of a file that the run may overwrite.
+        # A training state must not be a view of a file that the run may overwrite.
         return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip and not resume)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        if found is None:
-            raise _damaged(file, error) from error
-        raise UserError(f"{file} is not read: besides tensors it holds {found[1]}, which could run code") from error
-    except (RuntimeError, ValueError, KeyError, EOFError) as error:
-        raise _damaged(file, error) from error
+    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        raise _unreadable(file, error) from error
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickles NumPy arrays in plain containers, and nothing that could run code."""
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) in _OF_OTHERS or (module.split(".")[0] == "numpy" and name in _OF_NUMPY):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
 
 
 def _read_pickle(file: str) -> object:
-    """What Detectron2's .pkl files hold: {"model": arrays by name, "__author__": ...}, or Caffe2's arrays by name."""
+    """Reads Detectron2's .pkl files: {"model": arrays by name, "__author__": ...}, or Caffe2's arrays by name."""
     with open(file, "rb") as stream:
         try:
-            loaded = pickle.load(stream, encoding="latin1")
+            loaded = _ArrayUnpickler(stream, encoding="latin1").load()
         except Exception as error:  # damaged bytes are instructions, which can fail in any way
-            raise _damaged(file, error) from error
+            raise _unreadable(file, error) from error
     if not isinstance(loaded, dict) or "model" in loaded:
         return loaded
     arrays = loaded.get("blobs", loaded)
@@ -162,31 +170,29 @@ def _read_pickle(file: str) -> object:
 
 
 def _read_archive(file: str) -> dict[str, np.ndarray]:
-    """The variables of the newest TensorFlow checkpoint in a tar archive."""
+    """Reads the variables of the newest TensorFlow checkpoint in a tar archive."""
     with tempfile.TemporaryDirectory(prefix="kmax_d2_") as folder:
         try:
-            with tarfile.open(file, "r|*") as archive:  # a stream: seeking would unpack from the beginning again
+            with tarfile.open(file, "r|*") as archive:  # a stream: seeking would start over
                 for member in archive:
                     name = PurePosixPath(member.name).name
                     if not member.isfile() or not name.startswith("ckpt") or not _BUNDLE_FILE.fullmatch(name):
                         continue
-                    if name in os.listdir(folder):
-                        raise UserError(f"{file} holds {name} twice")
                     with open(os.path.join(folder, name), "wb") as out:
-                        shutil.copyfileobj(archive.extractfile(member), out)
+                        shutil.copyfileobj(cast(IO[bytes], archive.extractfile(member)), out)
         except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
-            raise _damaged(file, error) from error
+            raise _unreadable(file, error) from error
         prefix = _newest_prefix(os.listdir(folder))
         if prefix is None:
-            raise UserError(f"{file} is no readable checkpoint: it is an archive without ckpt*.index in it")
+            raise UserError(f"{file} is not a readable checkpoint: it is an archive without ckpt*.index in it")
         try:
-            # The arrays are maps of the files, and stay when these are removed.
-            return dict(TensorBundle(os.path.join(folder, prefix)).variables())
+            # The arrays are maps of the files and outlive their names.
+            return read_variables(os.path.join(folder, prefix))
         except UserError as error:
             raise UserError(f"{file}: {str(error).replace(folder + os.sep, '')}") from error
 
 
 def _newest_prefix(files: Iterable[str]) -> str | None:
-    """Of TensorFlow checkpoints "ckpt-N" the one of the highest N; None where `files` has none."""
+    """Picks the TensorFlow checkpoint "ckpt-N" of the highest N; None if there is none."""
     prefixes = [name.removesuffix(".index") for name in files if name.endswith(".index")]
     return max(prefixes, key=lambda name: int((re.findall(r"\d+$", name) or [-1])[0]), default=None)

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
-from panopticapi.utils import rgb2id
 
 from ..errors import UserError
 from ..parallel import parallel_map
 from .datasets.coco_panoptic import metadata_of, read_json
 from .mapper import read_image
-from .panoptic_png import NUM_IDS, describe
+from .panoptic_png import describe
+from .segment_ids import NUM_IDS, rgb2id
 
 # The fields that entries of a COCO panoptic JSON must have, and their types.
 CATEGORY = {"id": int, "name": str, "isthing": int}

@@ -11,14 +11,13 @@ from detectron2.config import configurable
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.utils.registry import Registry
-from panopticapi.utils import rgb2id
 from PIL import Image, UnidentifiedImageError
 
 from ..errors import UserError
 from .augmentation import RandomPadCrop, ResizeToFit
 from .color import ColorPolicy
 from .copy_paste import PASTE_SOURCE, LabeledImage, copy_paste
-from .panoptic_png import NUM_IDS
+from .segment_ids import NUM_IDS, rgb2id
 
 MAPPER_REGISTRY = Registry("MAPPER")
 MAPPER_REGISTRY.__doc__ = "Mappers of training records, named by `INPUT.DATASET_MAPPER_NAME` and called with `(cfg)`."
@@ -150,7 +149,7 @@ class PanopticTrainMapper:
             pasted = self._augmented(source, self.paste_augmentations)
             image, labels, classes = copy_paste((image, labels, classes), pasted, things)
         areas = cv2.calcHist([labels.view(np.uint16)], [0], None, [1 + len(classes)], [0, 1 + len(classes)])
-        present = areas[1:, 0] > 0
+        present = areas.ravel()[1:] > 0
         ids = np.full(1 + len(classes), -1, np.int16)
         ids[1:][present] = np.arange(present.sum())
         pixels = torch.from_numpy(np.ascontiguousarray(image))

@@ -13,13 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from panopticapi.utils import id2rgb
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..errors import UserError
+from .segment_ids import id2rgb
 
-NUM_IDS = 1 << 24  # that a 24-bit color can encode; 0 is void
 CHUNK = "annotation"
 
 

@@ -1,4 +1,4 @@
-"""Evaluators: panoptic, instance and semantic results of one model in one pass."""
+"""Evaluates panoptic, instance, and semantic results of one model in one pass."""
 
 from .build import build_evaluator
 

@@ -1,4 +1,4 @@
-"""The evaluators of a dataset, by its `evaluator_type`."""
+"""Builds the evaluators of a dataset by its `evaluator_type`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .instance import instance_evaluator
 from .panoptic import PanopticEvaluator
 from .semantic import scene_parsing_evaluator, semantic_evaluator
 
-KINDS = ("coco_panoptic_seg", "cityscapes_panoptic_seg", "ade20k_panoptic_seg")
+EVALUATOR_TYPES = ("coco_panoptic_seg", "cityscapes_panoptic_seg", "ade20k_panoptic_seg")
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> DatasetEvaluators:
-    """The evaluators for the results that the config asks for, which all look at the same forward pass.
+    """Builds the evaluators of the results that the config asks for, all from one forward pass.
 
     Args:
-        cfg: the config; MODEL.KMAX.TEST says which results are on, and where predictions are saved, if at all.
-        dataset_name: a panoptic dataset. One without ground truth (no "panoptic_json" in its metadata) has its
-            predictions saved only.
+        cfg: MODEL.KMAX.TEST says which results are on, and where to save predictions, if at all.
+        dataset_name: a panoptic dataset. Without ground truth ("panoptic_json" in its metadata) its predictions are
+            only saved.
         output_dir: where Detectron2's evaluators write.
 
     Raises:
@@ -31,12 +31,12 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> Dataset
     """
     metadata = MetadataCatalog.get(dataset_name)
     kind = metadata.get("evaluator_type")
-    if kind not in KINDS:
+    if kind not in EVALUATOR_TYPES:
         raise UserError(f"there is no evaluator for {dataset_name}, whose evaluator_type is {kind}")
     test = cfg.MODEL.KMAX.TEST
     saved = Path(test.SAVE_PREDICTIONS) / dataset_name if test.SAVE_PREDICTIONS else None
-    truth = metadata.get("panoptic_json")
-    if truth is None and saved is None:
+    has_truth = metadata.get("panoptic_json") is not None
+    if not has_truth and saved is None:
         raise UserError(f"{dataset_name} has no ground truth: --save-predictions DIR writes what its server takes")
     evaluators = []
     cityscapes = kind == "cityscapes_panoptic_seg"
@@ -44,21 +44,21 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> Dataset
         evaluators.append(PanopticEvaluator(dataset_name, saved, submission_name(dataset_name)))
     if cityscapes and test.INSTANCE_ON:
         evaluators.append(CityscapesInstanceEvaluator(dataset_name, saved and saved / "instance"))
-    elif test.INSTANCE_ON and truth is not None:
+    elif test.INSTANCE_ON and has_truth:
         evaluators.append(instance_evaluator(dataset_name, output_dir))
     if cityscapes and test.SEMANTIC_ON:
         evaluators.append(CityscapesSemanticEvaluator(dataset_name, saved and saved / "semantic"))
-    elif test.SEMANTIC_ON and truth is not None:
+    elif test.SEMANTIC_ON and has_truth:
         build = scene_parsing_evaluator if kind == "ade20k_panoptic_seg" else semantic_evaluator
         evaluators.append(build(dataset_name))
     return DatasetEvaluators(evaluators)
 
 
 def submission_name(dataset_name: str) -> str:
-    """What a server wants the panoptic results to be called, without suffix.
+    """Gives the name, without suffix, under which a server expects the panoptic results.
 
-    COCO's takes `panoptic_<test set>_<algorithm>_results`, with the test set's name as in its JSON; Cityscapes' script
-    looks for the name of the ground truth's JSON, `cityscapes_panoptic_<split>`.
+    COCO's expects `panoptic_<test set>_<algorithm>_results`, with the test set's name as in its JSON file; Cityscapes'
+    script looks for the name of the ground truth's JSON file, `cityscapes_panoptic_<split>`.
     """
     metadata = MetadataCatalog.get(dataset_name)
     json_file = metadata.get("panoptic_json")

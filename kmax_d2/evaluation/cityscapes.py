@@ -1,7 +1,6 @@
-"""Instance AP and semantic IoU by cityscapesscripts, image by image beside the model.
+"""Evaluates instance AP and semantic IoU with cityscapesscripts, image by image, while the model goes on.
 
-cityscapesscripts is imported only where Cityscapes is evaluated. Its functions for one image and for the end are called
-as its own scripts call them.
+cityscapesscripts is imported only to evaluate Cityscapes. Its functions are called as its own scripts call them.
 """
 
 from __future__ import annotations
@@ -9,9 +8,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -21,90 +23,94 @@ from detectron2.utils import comm
 from PIL import Image
 
 from ..errors import UserError
-from . import files
-from .background import Background
+from .output import archive, compact, empty_folder
+from .pool import EvaluationPool
 from .rle import encode_masks
-from .semantic import largest_class
+from .semantic import class_map
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """What cityscapesscripts prints before it ends the process, as a UserError."""
-    said = io.StringIO()
+def _errors_of_script() -> Iterator[None]:
+    """Turns what cityscapesscripts prints before it ends the process into a UserError."""
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(printed):
             yield
     except SystemExit as error:
-        raise UserError(f"cityscapesscripts: {said.getvalue().strip()}") from error
-
-
-def require_cityscapesscripts() -> None:
-    """Raises UserError where cityscapesscripts is not installed."""
-    try:
-        import cityscapesscripts  # noqa: F401
-    except ImportError as error:
-        raise UserError("evaluating Cityscapes needs cityscapesscripts: run `pip install cityscapesscripts`") from error
+        raise UserError(f"cityscapesscripts: {printed.getvalue().strip()}") from error
+    except AttributeError as error:
+        if "in1d" not in str(error):
+            raise
+        raise UserError("this cityscapesscripts needs an older NumPy: run `pip install 'numpy<2.4'`") from error
 
 
 class CityscapesEvaluator(DatasetEvaluator):
-    """What the two evaluators share.
+    """The common part of the two evaluators.
 
     Args:
         dataset_name: with "gt_dir", the folder of the cities, in its metadata; without, predictions are only written.
-        folder: where predictions are kept as the server takes them, and a zip file of them beside it; None keeps none.
+        folder: where to keep predictions as the server takes them, with a zip file beside it; None keeps none.
+
+    Raises:
+        UserError: cityscapesscripts is not installed.
     """
 
-    kind = ""  # of the ground truth's files
+    truth_suffix = ""  # of the ground truth's files
 
     def __init__(self, dataset_name: str, folder: Path | None = None):
-        require_cityscapesscripts()
+        try:
+            import cityscapesscripts  # noqa: F401
+        except ImportError as error:
+            message = "evaluating Cityscapes needs cityscapesscripts: run `pip install cityscapesscripts 'numpy<2.4'`"
+            raise UserError(message) from error
         metadata = MetadataCatalog.get(dataset_name)
         self.names = metadata.stuff_classes
         self.truth_folder = metadata.get("gt_dir")
         self.folder = folder
 
     def reset(self) -> None:
-        self.background = Background(self.collect)
-        files.start(self.folder)
+        """Forgets all predictions, those in the folder too."""
+        self.pool = EvaluationPool(self.collect)
+        empty_folder(self.folder)
 
-    def collect(self, result: object) -> None:
+    def collect(self, result: Any) -> None:
         """Takes the result of one image."""
         raise NotImplementedError
 
     def truth_of(self, image_file: str) -> str | None:
-        """The ground truth's file for that of an image; None where there is none."""
+        """Gives the ground truth's file of an image; None without ground truth."""
         if self.truth_folder is None:
             return None
         file = Path(image_file)
-        name = file.name.replace("_leftImg8bit", f"_gtFine_{self.kind}")
+        name = file.name.replace("_leftImg8bit", f"_gtFine_{self.truth_suffix}")
         return str(Path(self.truth_folder) / file.parent.name / name)
 
     def gather(self, counted: object) -> list | None:
-        """What every rank has counted, on rank 0, once predictions are written; None elsewhere and without truth."""
+        """Archives predictions and gives every rank's `counted` on rank 0; None on others and without ground truth."""
         everyone = comm.gather(counted)
         if not comm.is_main_process():
             return None
         if self.folder is not None:
-            files.archive(self.folder.with_suffix(".zip"), self.folder)
+            archive(self.folder.with_suffix(".zip"), self.folder)
         return None if self.truth_folder is None else everyone
 
 
 def match_instances(
     name: str, rles: list[dict], classes: list[str], scores: list[float], truth: str | None, folder: Path | None
 ) -> dict:
-    """Writes one image's instances and matches them with the true ones as cityscapesscripts does.
+    """Writes an image's instances, a text file and masks, and gives cityscapesscripts' matches with the true ones.
 
     Args:
-        name: of the image, without suffix.
-        rles, classes, scores: of each instance, mask, class name and confidence.
+        name: the image's, without suffix.
+        rles, classes, scores: each instance's mask, class name, and confidence.
         truth: the file of true instance ids; without it nothing is matched.
-        folder: for the text file and the masks; None for one that is deleted.
+        folder: where to keep what is written; None keeps nothing.
     """
     import cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling as script
     from cityscapesscripts.helpers.labels import name2label
 
-    with files.target(folder) as target:
-        lines = []
+    with contextlib.nullcontext(folder) if folder else TemporaryDirectory(prefix="kmax_d2_") as kept:
+        target, lines = Path(kept), []
         for index, (rle, category, score) in enumerate(zip(rles, classes, scores, strict=True)):
             mask = f"{name}_{index}_{category.replace(' ', '_')}.png"
             Image.fromarray(mask_util.decode(rle) * 255).save(target / mask)
@@ -113,15 +119,15 @@ def match_instances(
         text.write_text("".join(lines))
         if truth is None:
             return {}
-        args = instance_arguments()
+        args = instance_options()
         args.predictionPath = str(target.absolute())
-        with _told():
+        with _errors_of_script():
             instances = script.instances2dict([truth])
             return script.matchGtWithPreds([str(text.absolute())], [truth], instances, args)
 
 
-def instance_arguments() -> object:
-    """The options of cityscapesscripts' instance evaluation, its defaults."""
+def instance_options() -> Namespace:
+    """Gives the default options of cityscapesscripts' instance evaluation."""
     import cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling as script
 
     args = copy.copy(script.args)
@@ -131,9 +137,9 @@ def instance_arguments() -> object:
 
 
 class CityscapesInstanceEvaluator(CityscapesEvaluator):
-    """AP of Cityscapes' instance task."""
+    """Evaluates AP of Cityscapes' instance-level task."""
 
-    kind = "instanceIds"
+    truth_suffix = "instanceIds"
 
     def reset(self) -> None:
         super().reset()
@@ -143,10 +149,10 @@ class CityscapesInstanceEvaluator(CityscapesEvaluator):
         self.matches |= result
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Detectron2's interface; an output's "instances" has masks, scores and contiguous classes."""
+        """Submits images; an output's "instances" has masks, scores, and contiguous classes."""
         for record, output in zip(inputs, outputs, strict=True):
             found = output["instances"]
-            self.background.submit(
+            self.pool.submit(
                 match_instances,
                 Path(record["file_name"]).stem,
                 encode_masks(found.pred_masks),
@@ -157,18 +163,16 @@ class CityscapesInstanceEvaluator(CityscapesEvaluator):
             )
 
     def evaluate(self) -> dict | None:
-        """ "segm" with AP, AP50 and each class's AP, in percent; rank 0 only. A class without instances has nan."""
-        self.background.finish()
-        everyone = self.gather(self.matches)
-        if everyone is None:
+        """Gives "segm": AP, AP50, and each class's AP, in percent, nan for a class without instances; on rank 0."""
+        self.pool.finish()
+        if (everyone := self.gather(self.matches)) is None:
             return None
         import cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling as script
 
         matches = {file: match for matches in everyone for file, match in matches.items()}
-        args = instance_arguments()
-        # Equal confidences are ranked in the order of the images.
-        ap = script.evaluateMatches(dict(sorted(matches.items())), args)
-        averages = script.computeAverages(ap, args)
+        args = instance_options()
+        # Instances of equal confidence are ranked in the order of the images.
+        averages = script.computeAverages(script.evaluateMatches(dict(sorted(matches.items())), args), args)
         result = {"AP": averages["allAp"], "AP50": averages["allAp50%"]}
         result |= {f"AP-{name}": averages["classes"][name]["ap"] for name in args.instLabels}
         return {"segm": {key: 100 * float(value) for key, value in result.items()}}
@@ -177,36 +181,33 @@ class CityscapesInstanceEvaluator(CityscapesEvaluator):
 def count_pixels(
     classes: np.ndarray, name: str, truth: str | None, folder: Path | None
 ) -> tuple[np.ndarray, dict] | None:
-    """Writes one image's map of label ids and counts its pixels as cityscapesscripts does.
+    """Writes an image's label ids and gives cityscapesscripts' confusion matrix and statistics of instances.
 
     Args:
         classes: (H, W) contiguous classes.
-        name: of the image, without suffix.
+        name: the image's, without suffix.
         truth: the file of true label ids; without it nothing is counted.
-        folder: for the PNG; None for one that is deleted.
-
-    Returns:
-        The confusion matrix and the statistics of instances.
+        folder: where to keep the PNG; None keeps none.
     """
     import cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling as script
     from cityscapesscripts.helpers.labels import trainId2label
 
     ids = np.array([trainId2label[index].id for index in range(classes.max() + 1)], dtype=np.uint8)
-    with files.target(folder) as target:
-        file = target / f"{name}_pred.png"
+    with contextlib.nullcontext(folder) if folder else TemporaryDirectory(prefix="kmax_d2_") as target:
+        file = Path(target) / f"{name}_pred.png"
         Image.fromarray(ids[classes]).save(file)
         if truth is None:
             return None
         matrix, statistics = script.generateMatrix(script.args), script.generateInstanceStats(script.args)
-        with _told():
+        with _errors_of_script():
             script.evaluatePair(str(file), truth, matrix, statistics, {}, script.args)
     return matrix, statistics
 
 
 class CityscapesSemanticEvaluator(CityscapesEvaluator):
-    """IoU of Cityscapes' pixel-level task."""
+    """Evaluates IoU of Cityscapes' pixel-level task."""
 
-    kind = "labelIds"
+    truth_suffix = "labelIds"
 
     def reset(self) -> None:
         super().reset()
@@ -224,20 +225,16 @@ class CityscapesSemanticEvaluator(CityscapesEvaluator):
                     self.instances[group, member, number] += numbers[number]
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Detectron2's interface; an output's "sem_seg" (K, H, W) has the class as its largest entry."""
+        """Submits images; :func:`~kmax_d2.evaluation.semantic.class_map` says what an output has."""
         for record, output in zip(inputs, outputs, strict=True):
             file = record["file_name"]
-            classes = files.narrow(largest_class(output["sem_seg"]), len(self.names))
-            self.background.submit(count_pixels, classes, Path(file).stem, self.truth_of(file), self.folder)
+            classes = compact(class_map(output), len(self.names))
+            self.pool.submit(count_pixels, classes, Path(file).stem, self.truth_of(file), self.folder)
 
     def evaluate(self) -> dict | None:
-        """ "sem_seg" with mIoU (also IoU), iIoU, those of the categories (_sup), and each class's IoU, in percent.
-
-        Rank 0 only.
-        """
-        self.background.finish()
-        everyone = self.gather((self.matrix, self.instances))
-        if everyone is None:
+        """Gives "sem_seg": mIoU (and IoU), iIoU, both of categories (_sup), each class's IoU; percent, on rank 0."""
+        self.pool.finish()
+        if (everyone := self.gather((self.matrix, self.instances))) is None:
             return None
         import cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling as script
         from cityscapesscripts.helpers.labels import category2labels, id2label
@@ -248,17 +245,13 @@ class CityscapesSemanticEvaluator(CityscapesEvaluator):
         for _, instances in everyone:
             for (group, member, number), value in instances.items():
                 statistics[group][member][number] += value
+        counts = matrix, statistics, args
         labels = {id2label[label].name: label for label in args.evalLabels}
         scores = {
             "IoU": {name: script.getIouScoreForLabel(label, matrix, args) for name, label in labels.items()},
-            "iIoU": {
-                name: script.getInstanceIouScoreForLabel(label, matrix, statistics, args)
-                for name, label in labels.items()
-            },
+            "iIoU": {name: script.getInstanceIouScoreForLabel(label, *counts) for name, label in labels.items()},
             "IoU_sup": {name: script.getIouScoreForCategory(name, matrix, args) for name in category2labels},
-            "iIoU_sup": {
-                name: script.getInstanceIouScoreForCategory(name, matrix, statistics, args) for name in category2labels
-            },
+            "iIoU_sup": {name: script.getInstanceIouScoreForCategory(name, *counts) for name in category2labels},
         }
         averages = {kind: script.getScoreAverage(of_kind, args) for kind, of_kind in scores.items()}
         result = {"mIoU": averages["IoU"]} | averages

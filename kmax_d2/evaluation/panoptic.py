@@ -1,66 +1,63 @@
-"""Panoptic quality by panopticapi, image by image beside the model."""
+"""Evaluates panoptic quality image by image, while the model goes on."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import itertools
 import json
 import logging
 from pathlib import Path
 
 import numpy as np
-from detectron2.data import MetadataCatalog
+from detectron2.data import MetadataCatalog, detection_utils
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.evaluation.panoptic_evaluation import _print_panoptic_results
 from detectron2.utils import comm
-from panopticapi.evaluation import PQStat, pq_compute_single_core
-from panopticapi.utils import id2rgb
 from PIL import Image
 
 from ..data.datasets.coco_panoptic import read_json
+from ..data.segment_ids import id2rgb, rgb2id
 from ..errors import UserError
-from . import files
-from .background import Background
+from .output import archive, compact, empty_folder
+from .panoptic_quality import match_segments, panoptic_quality
+from .pool import EvaluationPool
+
+NEEDED = {"id", "category_id", "area", "iscrowd"}  # of a true segment
 
 logger = logging.getLogger(__name__)
 
-PARTS = {"All": None, "Things": True, "Stuff": False}
-SUFFIX = {"All": "", "Things": "_th", "Stuff": "_st"}
-
 
 def evaluate_image(
-    ids: np.ndarray, prediction: dict, truth: dict | None, truth_folder: str, folder: Path | None, categories: dict
-) -> tuple[dict, PQStat | None]:
-    """Writes one image's PNG and counts its matches as panopticapi does.
+    ids: np.ndarray, prediction: dict, truth: dict | None, truth_folder: str, folder: Path | None
+) -> tuple[dict, dict[int, np.ndarray]]:
+    """Writes the PNG of one image, if there is a folder for it, and matches its segments with the true ones, if known.
 
     Args:
         ids: (H, W) predicted segment ids.
-        prediction, truth: its entries of the two JSONs; without truth nothing is counted.
-        truth_folder: of the true PNG.
-        folder: for the PNG; None for one that is deleted.
-        categories: the true JSON's, by id.
+        prediction, truth: the image's entries in the two JSON files.
 
     Returns:
-        `prediction`, and for each category the sum of IoUs and the true and false positives and false negatives.
+        `prediction`, and what :func:`match_segments` counts.
     """
-    with files.target(folder) as target:
-        Image.fromarray(id2rgb(ids.astype(np.uint32))).save(target / prediction["file_name"])
-        if truth is None:
-            return prediction, None
-        with contextlib.redirect_stdout(io.StringIO()):
-            return prediction, pq_compute_single_core(0, [(truth, prediction)], truth_folder, str(target), categories)
+    if folder is not None:
+        Image.fromarray(id2rgb(ids)).save(folder / prediction["file_name"])
+    if truth is None:
+        return prediction, {}
+    true_ids = rgb2id(detection_utils.read_image(str(Path(truth_folder, truth["file_name"])), "RGB"))
+    return prediction, match_segments(ids, prediction["segments_info"], true_ids, truth["segments_info"])
 
 
 class PanopticEvaluator(DatasetEvaluator):
-    """As Detectron2's COCOPanopticEvaluator, but no more predictions are in memory than there are processes for.
+    """Evaluates PQ as panopticapi does, with few predictions in memory.
 
-    All ranks count their own images, on all cores; the sums do not depend on how many there are.
+    Every rank counts its own images on its cores; the sums do not depend on the number of ranks.
 
     Args:
         dataset_name: with "panoptic_json" and "panoptic_root" in its metadata; without, predictions are only written.
-        folder: for COCO's result format, `<name>.json`, `<name>/` and `<name>.zip`; None keeps nothing.
-        name: of these.
+        folder: where to write COCO's result format, `<name>.json`, `<name>/`, and `<name>.zip`; None writes nothing.
+        name: the name of these files.
+
+    Raises:
+        UserError: the ground truth lacks what PQ needs.
     """
 
     def __init__(self, dataset_name: str, folder: Path | None = None, name: str = ""):
@@ -73,106 +70,85 @@ class PanopticEvaluator(DatasetEvaluator):
         self.json_file, self.root = metadata.get("panoptic_json"), metadata.get("panoptic_root", "")
         self.names = metadata.stuff_classes
         self.folder, self.name = folder, name
+        self.png_folder = None if folder is None else folder / name
         self.truth: dict | None = None
         if self.json_file is not None:
             content = read_json(self.json_file)
-            self.categories = {category["id"]: category for category in content["categories"]}
+            self.is_thing = {category["id"]: category["isthing"] == 1 for category in content["categories"]}
             self.truth = {annotation["image_id"]: annotation for annotation in content["annotations"]}
-            self._check()
-
-    def _check(self) -> None:
-        needed = {"id", "category_id", "area", "iscrowd"}
-        for annotation in self.truth.values():
-            for segment in annotation["segments_info"]:
-                if not needed <= segment.keys():
-                    missing = " and no ".join(sorted(needed - segment.keys()))
-                    raise UserError(
-                        f"{self.json_file}: a segment of {annotation['file_name']} has no {missing}, which PQ needs"
-                    )
+            for annotation in self.truth.values():
+                if missing := {key for segment in annotation["segments_info"] for key in NEEDED - segment.keys()}:
+                    where = f"{self.json_file}: a segment of {annotation['file_name']}"
+                    raise UserError(f"{where} has no {' and no '.join(sorted(missing))}, which PQ needs")
 
     def reset(self) -> None:
+        """Forgets all predictions, those in the folder too."""
         self.predictions: list[dict] = []
-        self.counts: dict[object, PQStat] = {}
-        self.background = Background(self._collect)
-        if self.folder is not None:
-            files.start(self.folder / self.name)
+        self.counts: dict[object, dict[int, np.ndarray]] = {}
+        self.pool = EvaluationPool(self._collect)
+        empty_folder(self.png_folder)
 
-    def _collect(self, result: tuple[dict, PQStat | None]) -> None:
+    def _collect(self, result: tuple[dict, dict[int, np.ndarray]]) -> None:
         prediction, counts = result
-        if counts is not None:
-            self.counts[prediction["image_id"]] = counts
+        self.counts[prediction["image_id"]] = counts
         if self.folder is not None:
-            segments = [{key: segment[key] for key in ("id", "category_id")} for segment in prediction["segments_info"]]
-            self.predictions.append(prediction | {"segments_info": segments})
+            self.predictions.append(prediction)
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Detectron2's interface; an output's "panoptic_seg" is an id map (H, W), 0 for void, and its segments."""
+        """Submits images; an output's "panoptic_seg" is an id map (H, W), 0 for void, and the list of its segments."""
         for record, output in zip(inputs, outputs, strict=True):
             ids, segments = output["panoptic_seg"]
             prediction = {
                 "image_id": record["image_id"],
                 "file_name": f"{Path(record['file_name']).stem}.png",
-                "segments_info": [
-                    {"id": segment["id"], "category_id": self.dataset_id[segment["category_id"]]}
-                    for segment in segments
-                ],
+                "segments_info": [{"id": s["id"], "category_id": self.dataset_id[s["category_id"]]} for s in segments],
             }
-            truth = None
-            if self.truth is not None:
-                truth = self.truth.get(record["image_id"])
-                if truth is None:
-                    raise UserError(f"{self.json_file} has no annotation for the image {record['file_name']}")
-            folder = None if self.folder is None else self.folder / self.name
-            categories = {} if truth is None else self.categories
-            largest = max((segment["id"] for segment in segments), default=0)
-            self.background.submit(
-                evaluate_image, files.narrow(ids, largest), prediction, truth, self.root, folder, categories
-            )
+            truth = None if self.truth is None else self.truth.get(record["image_id"])
+            if truth is None and self.truth is not None:
+                raise UserError(f"{self.json_file} has no annotation for the image {record['file_name']}")
+            compact_ids = compact(ids, max((segment["id"] for segment in segments), default=0))
+            self.pool.submit(evaluate_image, compact_ids, prediction, truth, self.root, self.png_folder)
 
     def evaluate(self) -> dict | None:
-        """ "panoptic_seg" with PQ, SQ and RQ of all classes, things (_th) and stuff (_st), in percent; rank 0 only.
+        """Gives "panoptic_seg": PQ, SQ, and RQ of all classes, things (_th), and stuff (_st), in percent; on rank 0.
 
         A mean over no class is nan. Raises UserError where an annotated image has no prediction.
         """
-        self.background.finish()
+        self.pool.finish()
         everyone = comm.gather((self.predictions, self.counts))
         if not comm.is_main_process():
             return None
         if self.folder is not None:
-            self._write([prediction for predictions, _ in everyone for prediction in predictions])
+            self._write(self.folder, [prediction for predictions, _ in everyone for prediction in predictions])
         if self.truth is None:
             logger.info("there is no ground truth: predictions are only written")
             return None
         counts = dict(itertools.chain.from_iterable(counts.items() for _, counts in everyone))
-        total = PQStat()
+        total: dict[int, np.ndarray] = {}
         for image_id, truth in self.truth.items():
             if image_id not in counts:
                 raise UserError(f"no prediction for the image {image_id} ({truth['file_name']}) of {self.json_file}")
-            total += counts[image_id]
-        averages = {part: self._average(total, isthing) for part, isthing in PARTS.items()}
+            for category, of_image in counts[image_id].items():
+                total[category] = total.get(category, 0) + of_image
+        if unknown := total.keys() - self.is_thing.keys():
+            raise UserError(f"{self.json_file} has no category {min(unknown)}, which the model predicts")
+        things, stuff = ([c for c in self.is_thing if self.is_thing[c] == wanted] for wanted in (True, False))
+        parts = {"All": ("", self.is_thing), "Things": ("_th", things), "Stuff": ("_st", stuff)}
+        averages = {part: panoptic_quality(total, categories) for part, (_, categories) in parts.items()}
         _print_panoptic_results(averages)
-        result = {
-            f"{key.upper()}{SUFFIX[part]}": 100 * averages[part][key] for part in PARTS for key in ("pq", "sq", "rq")
-        }
-        return {"panoptic_seg": result}
+        scores = [(part, suffix, key) for part, (suffix, _) in parts.items() for key in ("pq", "sq", "rq")]
+        return {"panoptic_seg": {f"{key.upper()}{suffix}": 100 * averages[part][key] for part, suffix, key in scores}}
 
-    def _average(self, total: PQStat, isthing: bool | None) -> dict:
-        try:
-            return total.pq_average(self.categories, isthing)[0]
-        except ZeroDivisionError:  # panopticapi's, where there is no such class
-            return {"pq": float("nan"), "sq": float("nan"), "rq": float("nan"), "n": 0}
-
-    def _write(self, predictions: list[dict]) -> None:
+    def _write(self, folder: Path, predictions: list[dict]) -> None:
         predictions.sort(key=lambda prediction: prediction["image_id"])
         names = [prediction["file_name"] for prediction in predictions]
         if len(set(names)) < len(names):
             raise UserError(
-                f"two images have the name {max(names, key=names.count)}, so that one's prediction is lost; "
-                "give the images names of their own to save predictions"
+                f"two images have the name {max(names, key=names.count)}, and the prediction of one is lost; "
+                "give images unique names to save predictions"
             )
-        json_file = self.folder / f"{self.name}.json"
+        json_file, archived = folder / f"{self.name}.json", folder / f"{self.name}.zip"
         categories = [{"id": id_, "name": self.names[index]} for index, id_ in sorted(self.dataset_id.items())]
         json_file.write_text(json.dumps({"annotations": predictions, "categories": categories}))
-        archived = self.folder / f"{self.name}.zip"
-        files.archive(archived, json_file, self.folder / self.name)
-        logger.info("predictions of %d images are in %s", len(predictions), archived)
+        archive(archived, json_file, folder / self.name)
+        logger.info("predictions for %d images are in %s", len(predictions), archived)

@@ -49,11 +49,12 @@ from detectron2.config import CfgNode
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
-from panopticapi.utils import rgb2id
 from tabulate import tabulate
 from torch import nn
 
 from ..data import MAPPER_REGISTRY, WithPasteSource, training_records
+from ..data import MAPPER_REGISTRY, WithPartner, training_records
+from ..data.segment_ids import rgb2id
 from ..engine import load_config
 from ..engine.inference import inference_model
 from ..engine.precision import PRECISIONS, use_precision

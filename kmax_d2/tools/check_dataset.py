@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 from detectron2.data import DatasetCatalog
-from panopticapi.utils import rgb2id
 from PIL import Image
 from tabulate import tabulate
 
 from ..data.check import Dataset, Findings, Sample, registered, unregistered
 from ..data.mapper import read_image
 from ..data.panoptic_png import written_whole
+from ..data.segment_ids import rgb2id
 from ..engine import load_config
 from ..engine.setup import prepare_datasets
 from ..errors import UserError, did_you_mean, exit_on_user_error

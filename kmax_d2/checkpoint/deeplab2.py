@@ -1,32 +1,41 @@
-"""Names and layouts of the official TensorFlow variables, mapped to ours by rule."""
+"""Maps the official TensorFlow variables (DeepLab2) to our names and layouts by rule."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 
-_PREDICTOR = [
+from .rules import Rule, rename
+
+_CLASS_BIAS = "transformer_class_head/_conv/bias"  # one value per class and one for void
+
+
+def _from_zero(prefix: str) -> Callable[[re.Match], str]:
+    """Makes the replacement of a number that counts from 1 there and from 0 here."""
+    return lambda match: f"{prefix}{int(match[1]) - 1}"
+
+
+# Applied in order to a name with dots for slashes; each names one part of the model.
+_RULES: list[Rule] = [
+    # Before the rule for blocks: our names leave out the transformer's only block.
+    (r"^transformer_decoder\._kmax_decoder\.(\d+)\._block1_transformer\.", r"transformer_decoder.layers.\1."),
+    (r"\._block(\d+)", _from_zero(".")),
+    (r"^semantic_decoder\._aspp\._aspp_conv(\d+)\._conv_bn_act", _from_zero("semantic_head.aspp.atrous.")),
+    (r"^semantic_decoder\._low_level_conv(\d+)", _from_zero("semantic_head.low_level.")),
+    (r"^semantic_decoder\._fusion_conv(\d+)\._conv1_bn_act", _from_zero("semantic_head.fuse.")),
+    (r"^(pixel_space_|transformer_(class|mask)_head)", r"transformer_decoder.predictor.\1"),
+    (r"^transformer_decoder\._(class|mask)_embedding_projection", r"transformer_decoder.\1_projection"),
+    (r"^transformer_decoder\.cluster_centers", "transformer_decoder.centers"),
+    (r"\._auxiliary_clustering_predictor\.", ".predictor."),
     (r"_?pixel_space_head\.conv_block\._conv1_bn_act\.", "pixel_head."),
     (r"_?pixel_space_head\.final_conv", "pixel_projection"),
     (r"_?pixel_space_feature_batch_norm", "pixel_norm"),
     (r"_?pixel_space_mask_batch_norm", "mask_norm"),
     (r"_?transformer_class_head\._conv", "class_head"),
     (r"_?transformer_mask_head", "mask_embedding"),
-]
-
-_CLASS_BIAS = "transformer_class_head/_conv/bias"  # one for each class and one for void
-
-# Applied in order to a name with dots for slashes; each names one part of the model.
-_RULES = [
-    (r"^(pixel_space_|transformer_(class|mask)_head)", r"transformer_decoder.predictor.\1"),
-    (r"^transformer_decoder\._kmax_decoder\.(\d+)\._block1_transformer\.", r"transformer_decoder.layers.\1."),
-    (r"^transformer_decoder\._(class|mask)_embedding_projection", r"transformer_decoder.\1_projection"),
-    (r"^transformer_decoder\.cluster_centers", "transformer_decoder.centers"),
-    (r"\._auxiliary_clustering_predictor\.", ".predictor."),
-    *_PREDICTOR,
     (r"_pixel_conv1_bn_act", "pixel_projection"),
     (r"_pixel_v_conv_bn", "cross_attention.value"),
     (r"_kmeans_memory_batch_norm_retrieved_value", "cross_attention.norm"),
@@ -72,42 +81,27 @@ _RULES = [
     (r"\.layer_scale$", ".gamma"),
     (r"\.moving_mean$", ".running_mean"),
     (r"\.moving_variance$", ".running_var"),
-    # Maps of vectors are linear here; those of pixels stay convolutions.
+    # What acts on vectors is a linear layer here; what acts on pixels stays a convolution.
     (
         r"((center|class|mask)_projection|mask_embedding|\.qkv|attention\.projection|ffn\.\w+)\.conv\.",
         r"\1.linear.",
     ),
 ]
 
-# These count from 1 there and from 0 here.
-_COUNTED_FROM_ONE = [
-    (r"\._block(\d+)", "."),
-    (r"^semantic_decoder\._aspp\._aspp_conv(\d+)\._conv_bn_act", "semantic_head.aspp.atrous."),
-    (r"^semantic_decoder\._low_level_conv(\d+)", "semantic_head.low_level."),
-    (r"^semantic_decoder\._fusion_conv(\d+)\._conv1_bn_act", "semantic_head.fuse."),
-]
-
 
 def state_dict_name(official_name: str) -> str:
-    """Our name of an official variable, e.g. "encoder/_stem/_conv/kernel" gives "backbone.stem.conv.weight"."""
-    name = official_name.replace("/", ".")
-    # Before the counting: the transformer's only block has no place in our names.
-    name = re.sub(_RULES[1][0], _RULES[1][1], name)
-    for pattern, prefix in _COUNTED_FROM_ONE:
-        name = re.sub(pattern, lambda match, prefix=prefix: f"{prefix}{int(match[1]) - 1}", name)
-    for pattern, replacement in _RULES:
-        name = re.sub(pattern, replacement, name)
-    return name
+    """Gives our name of an official variable: "encoder/_stem/_conv/kernel" becomes "backbone.stem.conv.weight"."""
+    return rename(official_name.replace("/", "."), _RULES)
 
 
 def _to_our_layout(kind: str, name: str, array: np.ndarray) -> np.ndarray:
-    """From TensorFlow's layout; `kind` is the last part of the official name, `name` ours."""
+    """Views an array in our layout; `kind` is the last part of the official name, `name` is ours."""
     if kind == "cluster_centers":
         return array[0]
     if kind == "depthwise_kernel":  # (height, width, channels, 1)
         return array.transpose(2, 3, 0, 1)
     if not kind.endswith("kernel"):
-        # A batch norm over several axes has its channels in as many.
+        # A batch norm over several axes stores its channels along all of them.
         return array if kind == "embeddings" else array.reshape(-1)
     if array.ndim == 4:  # (height, width, in, out)
         return array.transpose(3, 2, 0, 1)
@@ -117,23 +111,23 @@ def _to_our_layout(kind: str, name: str, array: np.ndarray) -> np.ndarray:
 
 
 def _contiguous_classes(is_thing: Sequence[bool]) -> list[int]:
-    """The row of the official class heads, things and then stuff, that holds each contiguous class; void stays last."""
+    """Gives each contiguous class's row in the official class heads: things, then stuff, then void."""
     official_order = sorted(range(len(is_thing)), key=lambda index: not is_thing[index])
     return [*np.argsort(official_order), len(is_thing)]
 
 
-def official_to_state_dict(
+def deeplab2_to_state_dict(
     variables: Mapping[str, np.ndarray], is_thing: Sequence[bool] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Turns the official model's variables, or some of them, into a state dict of our names, layouts and class order.
+    """Converts some or all of the official model's variables to a state dict with our names, layouts, and class order.
 
-    A pre-trained encoder's checkpoint has its variables by the same names.
+    The checkpoint of a pre-trained encoder uses the same names.
 
     Args:
         variables: arrays by official name, such as "encoder/_stem/_conv/kernel", in TensorFlow's layout. The tensors
-            are views of them, of any strides; only what depends on classes is copied.
-        is_thing: whether each of the K classes, in contiguous order, is a thing. The official class heads have things
-            before stuff. None, or flags of another number of classes than a head's, leaves the order as it is.
+            are views of them, with any strides; only class heads are copied.
+        is_thing: whether each of the K classes, in contiguous order, is a thing. The official class heads list things
+            before stuff. None, or a length other than a head's number of classes, leaves the order as it is.
     """
     state_dict = {}
     for official_name, array in variables.items():
@@ -142,7 +136,7 @@ def official_to_state_dict(
         if ".class_head." in name and is_thing is not None and len(array) == len(is_thing) + 1:
             array = array[_contiguous_classes(is_thing)]
         if name.startswith("semantic_head.classifier.") and len(array) == len(variables[_CLASS_BIAS]):
-            # It has a channel for void, the first; its classes are in contiguous order.
+            # Void is its first channel; its classes are in contiguous order.
             array = np.roll(array, -1, axis=0)
         state_dict[name] = torch.from_numpy(array)
     return state_dict

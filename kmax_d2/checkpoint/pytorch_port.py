@@ -1,25 +1,27 @@
-"""Names and layouts of the public PyTorch re-implementation's state dicts, mapped to ours by rule."""
+"""Maps the public PyTorch re-implementation's state dicts to our names and layouts by rule."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import UserError
 from ..modeling.backbones import KMaXResNet
 from ..modeling.residual import Bottleneck
+from .rules import Rule, rename
 
 # Applied in order; each names one part of the model.
-_RULES = [
+_RULES: list[Rule] = [
+    # Counted from 1 there and from 0 here.
+    (r"\._aspp_conv([123])", lambda match: f".atrous.{int(match[1]) - 1}"),
     (r"\._", "."),
     (r"(_bn|_bn_act|bnact)\.", "."),
     (r"^sem_seg_head\.predictor\.auxiliary_semantic_predictor\.", "semantic_head."),
     (r"^sem_seg_head\.predictor\.", "transformer_decoder."),
     (r"^sem_seg_head\.pixel_decoder\.", "pixel_decoder."),
-    # A norm is a part of its convolution there.
+    # There, a norm is a child of its convolution.
     (r"^(backbone\.(stem|res).*)\.weight$", r"\1.conv.weight"),
     (r"\.norm\.conv\.weight$", ".norm.weight"),
     (r"^backbone\.stem\.conv1", "backbone.stem"),
@@ -52,7 +54,7 @@ _RULES = [
     (r"\.batch_norm_qkv", ".norm_qkv"),
     (r"\.batch_norm_similarity", ".norm_logits"),
     (r"\.batch_norm_retrieved_(value|output)", ".norm_values"),
-    (r"\.predcitor", ".predictor"),  # so in the files
+    (r"\.predcitor", ".predictor"),  # spelled so in the files
     (r"\.pixel_space_head_last_convbn\.conv", ".pixel_projection"),
     (r"\.pixel_space_head_last_convbn\.norm", ".pixel_norm"),
     (r"\.pixel_space_head_conv", ".pixel_head."),
@@ -74,33 +76,29 @@ _RULES = [
 
 
 def is_port(names: Iterable[str]) -> bool:
-    """Whether the names of a state dict's entries are those of the public PyTorch re-implementation."""
+    """Tells whether a state dict's names are those of the public PyTorch re-implementation."""
     return any(name.startswith("sem_seg_head.predictor._kmax_transformer_layers.") for name in names)
 
 
 def state_dict_name(port_name: str) -> str:
-    """Our name of an entry, e.g. "backbone.res2.0.conv1.weight" gives "backbone.stage2.0.conv1.conv.weight"."""
-    # Counted from 1 there and from 0 here.
-    name = re.sub(r"\._aspp_conv([123])", lambda match: f".atrous.{int(match[1]) - 1}", port_name)
-    for pattern, replacement in _RULES:
-        name = re.sub(pattern, replacement, name)
-    return name
+    """Gives our name of an entry: "backbone.res2.0.conv1.weight" becomes "backbone.stage2.0.conv1.conv.weight"."""
+    return rename(port_name, _RULES)
 
 
 def port_to_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Turns the re-implementation's state dict into one of :class:`~kmax_d2.modeling.KMaXDeepLab`.
+    """Converts the re-implementation's state dict to one of :class:`~kmax_d2.modeling.KMaXDeepLab`.
 
-    Classes are in contiguous order with void last on both sides. Batch norms' counts of batches are left out: with
-    a momentum that is a number nothing reads them. The tensors are views, not copies.
+    Both list the classes in contiguous order with void last. `num_batches_tracked` is left out: batch norms with a
+    fixed momentum do not read it. The tensors are views, not copies.
     """
     result = {}
     for port_name, tensor in state_dict.items():
         if port_name.endswith(".num_batches_tracked"):
             continue
         name = state_dict_name(port_name)
-        if name.endswith("_attention.qkv.weight"):  # one line of a map there, the map itself here
+        if name.endswith("_attention.qkv.weight"):  # a 1D convolution there, a 2D one here
             tensor = tensor[..., None]
-        elif tensor.ndim == 3:  # a convolution over the vectors there, a linear map here
+        elif tensor.ndim == 3:  # a 1D convolution there, a linear layer here
             name = name.replace(".conv.", ".linear.")
             tensor = tensor[..., 0]
         elif name.endswith(".centers"):
@@ -109,13 +107,12 @@ def port_to_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torc
     return result
 
 
-def check_port_options(model: nn.Module) -> None:
-    """Raises UserError, with the options to set, where a model's options do not fit the re-implementation's weights.
+def check_port_options(model: Any) -> None:
+    """Checks that a model's options fit the re-implementation's weights.
 
-    Its network is another function than the official one in these points, which the weights' shapes do not all show.
+    Its network differs from the official one in these points, and the shapes of the weights do not show all of them.
 
-    Args:
-        model: a :class:`~kmax_d2.modeling.KMaXDeepLab`.
+    Raises UserError with the options to set where a :class:`~kmax_d2.modeling.KMaXDeepLab` has others.
     """
     wrong = []
     blocks = [module for module in model.pixel_decoder.modules() if isinstance(module, Bottleneck)]

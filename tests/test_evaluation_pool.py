@@ -1,0 +1,50 @@
+"""Evaluation in other processes: order, errors, and an end in every case."""
+
+import multiprocessing
+import os
+
+import pytest
+
+from kmax_d2.evaluation.pool import PENDING, EvaluationPool
+
+
+def _fail_with_processes(submitted):
+    pool = EvaluationPool(print)
+    pool.submit(submitted, 0)
+    raise ValueError("something else")
+
+
+@pytest.mark.parametrize("submitted", [abs, "no function"])
+def test_a_process_that_fails_ends(submitted):
+    """Else the other processes of a training would wait for it."""
+    process = multiprocessing.get_context("fork").Process(target=_fail_with_processes, args=(submitted,))
+    process.start()
+    process.join(20)
+    assert process.exitcode == 1
+
+
+def _square(value):
+    return value, value**2, os.getpid()
+
+
+def test_results_come_in_order_from_other_processes():
+    results = []
+    pool = EvaluationPool(results.append)
+    count = 3 * PENDING * pool.workers
+    for value in range(count):
+        pool.submit(_square, value)
+        assert len(pool.pending) <= PENDING * pool.workers
+    pool.finish()
+    assert [result[:2] for result in results] == [(value, value**2) for value in range(count)]
+    assert os.getpid() not in {result[2] for result in results}
+
+
+def test_an_error_is_raised_and_the_pool_can_go_on():
+    results = []
+    pool = EvaluationPool(results.append)
+    pool.submit(int, "no number")
+    with pytest.raises(ValueError, match="no number"):
+        pool.finish()
+    pool.submit(int, "7")
+    pool.finish()
+    assert results == [7]

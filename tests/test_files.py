@@ -1,0 +1,54 @@
+"""Files are complete or absent."""
+
+import json
+import os
+import stat
+
+import pytest
+from PIL import Image
+
+from kmax_d2.errors import UserError
+from kmax_d2.files import whole_file, write_json
+
+
+def test_a_file_appears_when_it_is_complete(tmp_path):
+    file = tmp_path / "new" / "image.png"
+    with whole_file(file) as unfinished:
+        Image.new("L", (3, 2), 7).save(unfinished)
+        assert unfinished.parent == file.parent and unfinished.suffix == ".png"
+        assert not file.exists()
+    assert Image.open(file).getpixel((1, 1)) == 7
+    assert os.listdir(file.parent) == ["image.png"]
+
+
+def test_an_error_leaves_the_earlier_file(tmp_path):
+    file = tmp_path / "a.json"
+    write_json(file, [1])
+    with pytest.raises(ZeroDivisionError), whole_file(file) as unfinished:
+        unfinished.write_text("[")
+        1 / 0  # noqa: B018
+    with pytest.raises(TypeError):
+        write_json(file, {"not JSON": object()})
+    assert json.loads(file.read_text()) == [1]
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "taken").touch()
+    with pytest.raises(UserError, match=r"^cannot write .*taken/a\.json: (File exists|Not a directory)$"):
+        write_json(tmp_path / "taken" / "a.json", [])
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(UserError, match=r"^cannot write .*folder\.json: Is a directory$"):
+        write_json(tmp_path / "folder.json", [])
+    assert sorted(os.listdir(tmp_path)) == ["folder.json", "taken"]
+
+
+def test_a_block_that_writes_nothing_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="No such file"), whole_file(tmp_path / "a.txt"):
+        pass
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path):
+    (tmp_path / "plain").touch()
+    write_json(tmp_path / "a.json", [])
+    assert stat.S_IMODE((tmp_path / "a.json").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)

@@ -1,0 +1,59 @@
+"""What the package imports is declared, and the oldest versions that it claims are those that are tested."""
+
+import ast
+import re
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Not on PyPI; comes with PyTorch where there is a GPU, and is imported only there.
+UNDECLARED = {"detectron2", "triton"}
+
+
+def normalized(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.fixture
+def project():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def requirements(texts):
+    """Oldest version, or None, by name of each requirement."""
+    found = {}
+    for text in texts:
+        name, version = re.match(r"([\w.-]+)(?:\[\w+\])?(?:>=([\w.]+))?", text).groups()
+        found[normalized(name)] = version
+    return found
+
+
+def imported():
+    """The top-level modules that the package imports."""
+    for file in (ROOT / "kmax_d2").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            yield from (name.partition(".")[0] for name in names)
+
+
+def test_every_imported_package_is_declared(project):
+    declared = requirements(project["dependencies"]) | requirements(project["optional-dependencies"]["cityscapes"])
+    distributions = packages_distributions()
+    missing = set()
+    for module in set(imported()) - sys.stdlib_module_names - UNDECLARED - {"kmax_d2"}:
+        if not {normalized(name) for name in distributions.get(module, [module])} & declared.keys():
+            missing.add(module)
+    assert missing == set()
+
+
+def test_the_oldest_versions_are_tested(project):
+    lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
+    pinned = {normalized(name): version for name, version in (line.split("==") for line in lines if "==" in line)}
+    for name, oldest in requirements(project["dependencies"]).items():
+        assert pinned[name].startswith(oldest), name
