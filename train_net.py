@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Trains and evaluates kMaX-DeepLab with Detectron2's own arguments; `--help` lists them."""
+"""Trains and evaluates kMaX-DeepLab with Detectron2's arguments; `--help` lists them."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
@@ -11,13 +12,15 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from kmax_d2.checkpoint import KMaXCheckpointer
-from kmax_d2.engine import Trainer, argument_parser, launch, setup
-from kmax_d2.engine.inference import inference_model
-from kmax_d2.errors import UserError, exit_on_user_error
+from kmax_d2.command_line import run_program
+from kmax_d2.engine import Trainer, launch, setup
+from kmax_d2.engine.setup import parse_args
+from kmax_d2.errors import UserError
+from kmax_d2.speed import inference_model
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Trains, or evaluates with `--eval-only`, in one process."""
+    """Trains, or evaluates with `--eval-only`, in one process. Returns the last results by task."""
     setup_logger(distributed_rank=comm.get_rank(), name="kmax_d2")
     cfg = setup(args)
     default_setup(cfg, args)
@@ -36,16 +39,9 @@ def run(args: argparse.Namespace) -> dict:
     return trainer.train()
 
 
-def main() -> None:
-    parser = argument_parser()
-    parser.add_argument(
-        "--save-predictions",
-        metavar="DIR",
-        help="write what is predicted in evaluation there, in the formats of COCO's and Cityscapes' servers",
-    )
-    args = parser.parse_args()
-    if args.save_predictions:
-        args.opts += ["MODEL.KMAX.TEST.SAVE_PREDICTIONS", args.save_predictions]
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command line; None takes that of the process."""
+    args = parse_args(argv)
     launch(
         run,
         args.num_gpus,
@@ -57,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_program(main)
