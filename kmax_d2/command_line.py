@@ -11,17 +11,13 @@ from collections.abc import Callable, Sequence
 from .errors import exit_on_user_error
 
 
-def config_parser(
-    doc: str, *, config_file: bool | None = True, weights: bool = False, options: str = "opts"
-) -> argparse.ArgumentParser:
-    """Returns a parser for a config, checkpoint, and config options; a program adds its own arguments.
+def config_parser(doc: str, *, config_file: bool | None = True, weights: bool = False) -> argparse.ArgumentParser:
+    """Returns a parser for a config and checkpoint, to which a program adds its own arguments.
 
     Args:
         doc: the program's docstring, shown by ``--help``.
         config_file: whether ``--config-file`` is required; None leaves it out.
-        weights: whether to accept ``--weights``.
-        options: "opts" for NAME VALUE pairs anywhere on the command line; "--opts" if they must follow that flag,
-            because the program takes a list of something else.
+        weights: whether there is ``--weights``.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if config_file is not None:
@@ -29,17 +25,21 @@ def config_parser(
         parser.add_argument("--config-file", required=config_file, metavar="FILE", help=help_text)
     if weights:
         parser.add_argument("--weights", metavar="FILE", help="checkpoint; short for the option MODEL.WEIGHTS")
-    parser.add_argument(options, nargs="*", default=[], metavar="NAME VALUE", help="config options to change")
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses a command line; config options may come before or after flags, and ``--weights`` becomes one of them.
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None, options: str = "opts"
+) -> argparse.Namespace:
+    """Parses a command line with config options, which ``--weights`` becomes one of.
 
     Args:
         parser: from :func:`config_parser`.
         argv: the arguments; None takes those of the process.
+        options: "opts" for NAME VALUE pairs anywhere after the program's own positional arguments; "--opts" if they
+            must follow that flag, because the program takes a list of something else.
     """
+    parser.add_argument(options, nargs="*", default=[], metavar="NAME VALUE", help="config options to change")
     args = parser.parse_intermixed_args(argv)
     if getattr(args, "weights", None):
         args.opts = ["MODEL.WEIGHTS", args.weights, *args.opts]

@@ -126,13 +126,13 @@ def test_interrupted_run_goes_on(folder):
 
 
 def test_another_models_labels_are_not_mixed_in(folder, made):
-    with pytest.raises(UserError, match=r"panoptic_unlabeled holds labels of another model or of other options"):
+    with pytest.raises(UserError, match=r"panoptic_unlabeled holds labels from another model or other options"):
         run(folder, "made", "MODEL.KMAX.TEST.PIXEL_THRESHOLD", "0.5")
 
 
 def test_model_that_finds_nothing_gives_no_dataset(folder):
     options = ["MODEL.KMAX.TEST.THING_THRESHOLD", "1.1", "MODEL.KMAX.TEST.STUFF_THRESHOLD", "1.1"]
-    with pytest.raises(UserError, match=r"not one of the 5 images in .*unlabeled got a label"):
+    with pytest.raises(UserError, match=r"none of the 5 images in .*unlabeled got a label"):
         run(folder, "nothing", *options)
 
 
@@ -159,7 +159,7 @@ def test_ids_are_the_numbers_of_coco_files(tmp_path):
     ("names", "message"),
     [
         ([], "no images in the folder"),
-        (["a.jpg", "a.png"], "2 images in .* are called a but for their suffix"),
+        (["a.jpg", "a.png"], "2 images in .* are named a except for their suffix"),
     ],
 )
 def test_folders_that_give_no_dataset(tmp_path, names, message):

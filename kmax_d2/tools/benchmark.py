@@ -2,9 +2,8 @@
 
 python -m kmax_d2.tools.benchmark {inference,training,merging} --config-file coco/r50 [--size 641 641] [NAME VALUE ...]
 
-inference: from uint8 images to panoptic results, merging included, with batch norms folded.
-training:  one step without the optimizer: forward pass, losses, and backward pass.
-merging:   from mask and class logits to panoptic results.
+inference: from uint8 images to panoptic results, with batch norms folded; merging: from logits to panoptic results;
+training: one step without the optimizer.
 
 The baseline is torchvision's ResNet-50 without pooling and head, in float32, for the same size, batch, and threads: its
 forward pass, or forward and backward for training. Baseline, model, and stages take turns, so that noise affects them
@@ -64,8 +63,8 @@ from .made_up import MadeUpMerging, made_up_prediction, made_up_segments
 
 BASELINE = "ResNet-50 body"
 KEYS = ("name", "seconds", "spread", "baseline_seconds", "ratio", "peak_bytes")
-STAGES = {name: name for name in ("backbone", "pixel_decoder", "semantic_head", "merging")}
-STAGES |= {"transformer_decoder": "kmax_decoders", "criterion": "losses"}
+PARTS = {"transformer_decoder": "kmax_decoders", "criterion": "losses"}  # whose rows have other names
+PARTS |= {name: name for name in ("backbone", "pixel_decoder", "semantic_head", "merging")}
 Task = dict[str, Callable[[], object]]  # "total", and perhaps its stages
 
 
@@ -78,11 +77,11 @@ def stages_of(model: nn.Module, run: Callable[[], object], inner: bool) -> Task:
         inner: whether axial attention and the final predictor are stages too.
     """
     modules = dict(model.named_modules())
-    names = {name: stage for name, stage in STAGES.items() if name in modules}
+    names = {name: row for name, row in PARTS.items() if name in modules}
     if inner:
         axial = (name for name, module in modules.items() if isinstance(module, AxialAttention1D))
         names |= {name: f"{name.partition('.')[0]}.axial_attention" for name in axial}
-        names["transformer_decoder.predictor"] = "final_predictor"
+        names |= {"transformer_decoder.predictor": "final_predictor"}
     calls = defaultdict(list)
 
     def detached(value: object) -> object:
@@ -100,8 +99,8 @@ def stages_of(model: nn.Module, run: Callable[[], object], inner: bool) -> Task:
 
 def in_context(run: Callable[[], object], args: argparse.Namespace, precision: str = "") -> Callable[[], object]:
     """Returns the function, to run in a precision (else that of the arguments) and, if not training, for inference."""
-    for_inference = torch.inference_mode(args.mode != "training")(run)
-    return use_precision(precision or args.precision, args.device)(for_inference)
+    run = torch.inference_mode(args.mode != "training")(run)
+    return use_precision(precision or args.precision, args.device)(run)
 
 
 def build_baseline(args: argparse.Namespace, stages: bool) -> Task:
@@ -169,11 +168,11 @@ def prepare(args: argparse.Namespace) -> CfgNode:
 def benchmark(args: argparse.Namespace) -> list[dict]:
     """Measures one mode: the baseline, the total, and its stages; a row has KEYS, times in seconds."""
     prepare(args)
-    peaks = {}
-    for name, build in {} if args.no_memory else {BASELINE: build_baseline, "total": build_task}.items():
+    builders, peaks = {BASELINE: build_baseline, "total": build_task}, {}
+    for name in () if args.no_memory else builders:
         with multiprocessing.get_context("forkserver").Pool(1) as fresh_process:
-            peaks[name] = fresh_process.apply(peak_bytes, (build, args))
-    tasks = {BASELINE: build_baseline(args, stages=False)["total"], **build_task(args, stages=True)}
+            peaks[name] = fresh_process.apply(peak_bytes, (builders[name], args))
+    tasks = {BASELINE: build_baseline(args, stages=False)["total"]} | build_task(args, stages=True)
     timers = {name: Timer("run()", globals={"run": run}, num_threads=args.threads) for name, run in tasks.items()}
     rounds = [{name: t.blocked_autorange(min_run_time=1e-9) for name, t in timers.items()} for _ in range(args.repeats)]
     merged = {name: Measurement.merge(each[name] for each in rounds)[0] for name in timers}
@@ -191,8 +190,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command line; None takes that of the process."""
     args = parse_args(argv)
     rows = benchmark(args)
-    size, device = f"{args.batch_size} × {args.size[0]}×{args.size[1]}", f"{args.device}, {args.threads} threads"
-    title = f"{args.config_file}, {args.mode}, {size}, {args.precision} on {device}"
+    task = f"{args.config_file}, {args.mode}, {args.batch_size} × {args.size[0]}×{args.size[1]}"
+    title = f"{task}, {args.precision} on {args.device}, {args.threads} threads"
     table = tabulate(rows, headers="keys", floatfmt=("", ".4f", ".4f", ".4f", ".2f", ""), tablefmt="github")
     print(json.dumps(rows, indent=2) if args.json else f"{title}\n{table}")
 
