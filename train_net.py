@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from detectron2.engine import default_setup
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -14,9 +14,36 @@ from detectron2.utils.logger import setup_logger
 from kmax_d2.checkpoint import KMaXCheckpointer
 from kmax_d2.command_line import run_program
 from kmax_d2.engine import Trainer, launch, setup
-from kmax_d2.engine.setup import parse_args
 from kmax_d2.errors import UserError
 from kmax_d2.speed import inference_model
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the command line of training and evaluation: Detectron2's arguments, and those of this project.
+
+    Args:
+        argv: the arguments; None takes those of the process.
+    """
+    ours, parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False), default_argument_parser()
+    for each in (ours, parser):
+        for name, split in (("--train-data", "training"), ("--test-data", "test")):
+            each.add_argument(
+                name,
+                nargs=3,
+                metavar=("IMAGES", "PNGS", "JSON"),
+                help=f"your own {split} data in COCO panoptic format: image folder, PNG folder, JSON file",
+            )
+        each.add_argument(
+            "--save-predictions",
+            metavar="DIR",
+            help="write the predictions of an evaluation to this folder, in the formats of the benchmark servers",
+        )
+    # Detectron2's parser takes everything after the first config option for options; ours may follow them.
+    args, rest = ours.parse_known_args(argv)
+    args = parser.parse_args(rest, args)
+    if args.save_predictions:
+        args.opts = ["MODEL.KMAX.TEST.SAVE_PREDICTIONS", args.save_predictions, *args.opts]
+    return args
 
 
 def run(args: argparse.Namespace) -> dict:

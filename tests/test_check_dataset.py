@@ -255,7 +255,7 @@ def test_json_that_cannot_be_read_is_one_line(folder):
     [
         ([], "give either the names"),
         (["shapes_val", "--config-file", "shapes/quickstart"], "give either the names"),
-        (["--images", "a"], "all of --images, --panoptic and --json"),
+        (["--images", "a"], "all of --images, --panoptic, --json"),
         (["shapes_vla"], r"no dataset shapes_vla is registered - did you mean shapes_val\?"),
         (["coco_2017_val_panoptic"], r"panoptic_val2017\.json.*DETECTRON2_DATASETS"),
     ],

@@ -12,7 +12,6 @@ import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
-from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import nn
@@ -33,34 +32,6 @@ PANOPTIC_ONLY = (
     *("MODEL.KMAX.TEST.SEMANTIC_ON", False),
     *("MODEL.KMAX.TEST.INSTANCE_ON", False),
 )
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line of training and evaluation: Detectron2's arguments, and those of this project.
-
-    Args:
-        argv: the arguments; None takes those of the process.
-    """
-    ours, parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False), default_argument_parser()
-    for each in (ours, parser):
-        for name, split in (("--train-data", "training"), ("--test-data", "test")):
-            each.add_argument(
-                name,
-                nargs=3,
-                metavar=("IMAGES", "PNGS", "JSON"),
-                help=f"your own {split} data in COCO panoptic format: image folder, PNG folder, JSON file",
-            )
-        each.add_argument(
-            "--save-predictions",
-            metavar="DIR",
-            help="write the predictions of an evaluation to this folder, in the formats of the benchmark servers",
-        )
-    # Detectron2's parser takes everything after the first config option for options; ours may follow them.
-    args, rest = ours.parse_known_args(argv)
-    args = parser.parse_args(rest, args)
-    if args.save_predictions:
-        args.opts = ["MODEL.KMAX.TEST.SAVE_PREDICTIONS", args.save_predictions, *args.opts]
-    return args
 
 
 def config_file(name: str) -> Path:
@@ -142,7 +113,7 @@ def ready_config(file: str, options: Sequence = (), overrides: Sequence = ()) ->
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """Returns the :func:`ready_config` of a command line that :func:`parse_args` has parsed."""
+    """Returns the :func:`ready_config` of the parsed command line of train_net.py."""
     if args.config_file:
         args.config_file = str(config_file(args.config_file))  # Detectron2 reads the file too, for its log
     own = (("DATASETS.OWN_TRAIN", args.train_data), ("DATASETS.OWN_TEST", args.test_data))

@@ -89,16 +89,17 @@ def fault_lines(dataset: Dataset, findings: list[Findings], num_examples: int) -
 
 def class_table(dataset: Dataset, findings: list[Findings]) -> str:
     """Returns, for each class, its images, segments, and crowds, its share of the pixels, and its median area."""
-    segments = [(number, *segment) for number, found in enumerate(findings) for segment in found.segments]
+    segments = defaultdict(list)
+    for number, found in enumerate(findings):
+        for id_, area, crowd in found.segments:
+            segments[id_].append((number, area, crowd))
     void = [found.void for found in findings if found.void]
-    percent = 100 / max(1, sum(void) + sum(area for _, _, area, _ in segments))
+    percent = 100 / max(1, sum(void) + sum(area for of_class in segments.values() for _, area, _ in of_class))
     rows = []
     for id_, category in dataset.categories.items():
-        own = [(number, area, crowd) for number, class_id, area, crowd in segments if class_id == id_]
-        images, areas, crowds = zip(*own, strict=True) if own else ((), (0,), ())
-        kind = "thing" if category.isthing else "stuff"
-        row = (id_, category.name, kind, len(set(images)), len(own), sum(crowds), percent * sum(areas))
-        rows.append((*row, np.median(areas)))
+        images, areas, crowds = zip(*segments[id_], strict=True) if segments[id_] else ((), (), ())
+        row = (id_, category.name, "thing" if category.isthing else "stuff", len(set(images)), len(images))
+        rows.append((*row, sum(crowds), percent * sum(areas), np.median(areas or 0)))
     rows.append((None, "void", "", len(void), None, None, percent * sum(void), None))
     headers = ["id", "class", "kind", "images", "segments", "crowds", "% pixels", "median area"]
     return tabulate(rows, headers=headers, floatfmt=("", "", "", "", "", "", ".2f", ".0f"), tablefmt="github")
