@@ -19,7 +19,7 @@ from kmax_d2.engine.setup import choose_device
 from kmax_d2.errors import UserError
 from kmax_d2.modeling.compile import compile_model
 from kmax_d2.modeling.fold import fold_batch_norms
-from kmax_d2.tools.benchmark import made_up_segments
+from kmax_d2.tools.made_up import made_up_segments
 
 SIZES = [(65, 65), (65, 97), (129, 97)]
 CLASSES = 5

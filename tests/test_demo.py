@@ -17,8 +17,10 @@ from small import options
 from kmax_d2 import model_zoo
 from kmax_d2.data.datasets import shapes
 from kmax_d2.data.mapper import read_image
-from kmax_d2.engine.setup import choose_device, load_config, prepare_datasets
+from kmax_d2.engine import ready_config
+from kmax_d2.engine.setup import dataset_metadata
 from kmax_d2.errors import UserError
+from kmax_d2.images import find_images
 
 DEMO = Path(__file__).parents[1] / "demo" / "demo.py"
 # A random model's classes are not confident; of two masks one is always above the pixel threshold.
@@ -42,10 +44,8 @@ def demo():
 
 @pytest.fixture
 def weights(tmp_path):
-    cfg = load_config("shapes/quickstart", SURE)
-    prepare_datasets(cfg)
-    choose_device(cfg)
-    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "random.pth")
+    model = build_model(ready_config("shapes/quickstart", SURE))
+    torch.save({"model": model.state_dict()}, tmp_path / "random.pth")
     return str(tmp_path / "random.pth")
 
 
@@ -59,12 +59,12 @@ def picture(height=64, width=96):
 def test_good_and_bad_images(tmp_path, weights):
     folder = tmp_path / "in"
     folder.mkdir()
-    picture().convert("L").save(folder / "grey.jpg")
+    picture().convert("L").save(folder / "gray.jpg")
     exif = Image.Exif()
     exif[274] = 6  # to be turned by a quarter clockwise
     picture().save(folder / "turned.jpg", exif=exif)
     picture().convert("RGBA").save(folder / "turned.png")
-    (folder / "cut.jpg").write_bytes((folder / "grey.jpg").read_bytes()[:400])
+    (folder / "cut.jpg").write_bytes((folder / "gray.jpg").read_bytes()[:400])
     (folder / "text.txt").write_text("no image")
     missing = tmp_path / "missing.jpg"
     command = [sys.executable, str(DEMO), "--input", str(folder), str(missing), str(folder / "turned.*")]
@@ -80,15 +80,15 @@ def test_good_and_bad_images(tmp_path, weights):
     *summaries, last = done.stdout.splitlines()
     assert last == f"3 of 5 images written to {tmp_path / 'out'}"
     assert len(summaries) == 3
-    for line, name in zip(summaries, ("grey.jpg", "turned.jpg", "turned.png"), strict=True):
+    for line, name in zip(summaries, ("gray.jpg", "turned.jpg", "turned.png"), strict=True):
         assert line.startswith(f"{folder / name} -> {tmp_path / 'out'}")
         assert any(f"1 {category['name']}" in line for category in shapes.CATEGORIES)
 
     written = {file.name for file in (tmp_path / "out").iterdir()}
-    stems = ("grey", "turned", "turned-2")
+    stems = ("gray", "turned", "turned-2")
     assert written == {stem + ending for stem in stems for ending in (".png", "_assignments.png")}
     sizes = {stem: Image.open(tmp_path / "out" / f"{stem}.png").size for stem in stems}
-    assert sizes == {"grey": (576, 384), "turned": (384, 576), "turned-2": (576, 384)}
+    assert sizes == {"gray": (576, 384), "turned": (384, 576), "turned-2": (576, 384)}
     # In the page's first panel, the input, red has become the upper half.
     page = np.asarray(Image.open(tmp_path / "out" / "turned_assignments.png"))
     assert np.allclose(page[150, 150], (255, 0, 0), atol=3) and np.allclose(page[500, 150], (0, 0, 255), atol=3)
@@ -162,20 +162,20 @@ def test_which_weights_are_taken(demo, tmp_path):
 def test_coco_needs_no_files_of_the_dataset(demo):
     cfg = demo.setup(demo.parse_args(["--input", "x.jpg", "--config-file", "coco/r50", "--weights", "x.pth"]))
     assert cfg.MODEL.KMAX.NUM_CLASSES == 133 and cfg.MODEL.WEIGHTS == "x.pth"
-    names = demo.MetadataCatalog.get(cfg.DATASETS.TEST[0]).stuff_classes
+    names = dataset_metadata(cfg).stuff_classes
     assert demo.describe([{"category_id": 0}, {"category_id": 2}, {"category_id": 0}], names) == "2 person, 1 car"
     assert demo.describe([], names) == "no segments"
 
 
-def test_find_images(demo, tmp_path):
+def test_find_images(tmp_path):
     for name in ("b.png", "a.JPG", "c[1].png"):
         picture().save(tmp_path / name)
     (tmp_path / "notes.txt").touch()
     (tmp_path / "empty").mkdir()
     inputs = [str(tmp_path / name) for name in ("c[1].png", "*.png", "", "empty", "*.gif", "absent.png")]
-    files, problems = demo.find_images(inputs)
+    files, errors = find_images(inputs)
     assert [file.name for file in files] == ["c[1].png", "b.png", "a.JPG"]
-    assert [problem.replace(str(tmp_path), "") for problem in problems] == [
+    assert [str(error).replace(str(tmp_path), "") for error in errors] == [
         "no images in the folder /empty",
         "no file matches /*.gif",
         "no file /absent.png",
@@ -192,7 +192,7 @@ def test_outputs_meet_neither_each_other_nor_an_input(demo, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
-def test_any_mode_of_eight_bits_is_read(demo, tmp_path, mode):
+def test_any_mode_of_eight_bits_is_read(tmp_path, mode):
     file = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
     picture().convert(mode).save(file)
     image = read_image({"file_name": str(file)}, "RGB")
@@ -201,7 +201,7 @@ def test_any_mode_of_eight_bits_is_read(demo, tmp_path, mode):
     assert np.array_equal(image, expected)
 
 
-def test_more_bits_are_refused_not_clipped(demo, tmp_path):
+def test_more_bits_are_refused_not_clipped(tmp_path):
     file = tmp_path / "deep.png"
     Image.fromarray(np.full((8, 8), 30000, dtype=np.uint16)).save(file)
     with pytest.raises(UserError, match=r"deep\.png has more than 8 bits"):
