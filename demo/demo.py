@@ -12,22 +12,17 @@ from collections.abc import Sequence
 
 PARSES_FIRST = True  # read by kmax_d2, which then does not import PyTorch yet
 
-from kmax_d2.command_line import config_parser, parse, run_program
+from kmax_d2.command_line import ConfigParser, run_program
 
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line; None takes that of the process."""
-    parser = config_parser(__doc__, config_file=False, weights=True)
-    parser.add_argument(
-        "--input", nargs="+", required=True, metavar="IMAGE", help='images, folders of images, or patterns like "*.jpg"'
-    )
-    parser.add_argument("--output", default="output/demo", metavar="DIR", help="folder for the results (%(default)s)")
-    parser.add_argument("--assignments", action="store_true", help="also draw each decoder's assignment of pixels")
-    return parse(parser, argv, options="--opts")
-
+PARSER = ConfigParser(__doc__, config_file=False, weights=True, options="--opts")
+PARSER.add_argument(
+    "--input", nargs="+", required=True, metavar="IMAGE", help='images, folders of images, or patterns like "*.jpg"'
+)
+PARSER.add_argument("--output", default="output/demo", metavar="DIR", help="folder for the results (%(default)s)")
+PARSER.add_argument("--assignments", action="store_true", help="also draw each decoder's assignment of pixels")
 
 if __name__ == "__main__":
-    parse_args()  # answers --help and mistakes before the slow imports
+    PARSER.parse()  # answers --help and mistakes before the slow imports
 
 import time
 from collections import Counter
@@ -141,7 +136,7 @@ def segment_file(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command line; None takes that of the process."""
-    args = parse_args(argv)
+    args = PARSER.parse(argv)
     files, errors = find_images(args.input)
     for error in errors:
         print(f"error: {error}", file=sys.stderr)

@@ -42,7 +42,7 @@ def test_rows(capsys, mode, stages):
 
 def test_stages_repeat_what_the_model_computes():
     """Each with the inputs, the precision, and so the results that it has in a whole run."""
-    args = benchmark.parse_args(["inference", *LINE, "--precision", "bfloat16"])
+    args = benchmark.PARSER.parse(["inference", *LINE, "--precision", "bfloat16"])
     benchmark.prepare(args)
     seen = []
     hook = torch.nn.modules.module.register_module_forward_hook(lambda module, _, out: seen.append((module, out)))
@@ -61,7 +61,7 @@ def test_stages_repeat_what_the_model_computes():
 
 
 def test_made_up_prediction_is_a_dozen_confident_masks():
-    class_logits, mask_logits = made_up_prediction((20, 6), (20, 17, 25))
+    class_logits, mask_logits = made_up_prediction((20, 6), (20, 17, 25), torch.device("cpu"))
     confident = class_logits.softmax(1)[:, :-1].amax(1) > 0.9
     assert confident.sum() == 12
     owner = mask_logits.softmax(0)
@@ -87,7 +87,7 @@ def _allocate(args, stages):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no getrusage")
 def test_peak_is_that_of_the_task_alone():
-    args = benchmark.parse_args(["inference", *LINE])
+    args = benchmark.PARSER.parse(["inference", *LINE])
     ballast = torch.ones(300, 2**18)  # in this process, which must not count
     with multiprocessing.get_context("forkserver").Pool(1) as fresh_process:
         peak = fresh_process.apply(benchmark.peak_bytes, (_allocate, args))
@@ -105,7 +105,7 @@ def test_peak_is_that_of_the_task_alone():
     ],
 )
 def test_compile(words, mode):
-    args = benchmark.parse_args(["inference", *LINE, *words])
+    args = benchmark.PARSER.parse(["inference", *LINE, *words])
     assert benchmark.prepare(args).MODEL.KMAX.COMPILE == ""  # not before the stages' inputs are known
     assert args.compile == mode
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kmax_d2.command_line import config_parser, parse
+from kmax_d2.command_line import ConfigParser
 from kmax_d2.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +71,7 @@ def test_other_modules_that_run_register_everything(tmp_path):
 
 
 def parser():
-    built = config_parser("A program.", weights=True)
+    built = ConfigParser("A program.", weights=True)
     built.add_argument("input")
     built.add_argument("--size", type=int)
     return built
@@ -86,22 +86,23 @@ def parser():
     ],
 )
 def test_options_may_stand_anywhere(line):
-    args = parse(parser(), line.split())
+    args = parser().parse(line.split())
     assert args.opts == ["SOLVER.BASE_LR", "-1", "MODEL.DEVICE", "cpu"]
     assert (args.input, args.size, args.config_file, args.weights) == ("in.png", 3, "coco/r50", None)
 
 
 def test_weights_are_an_option_too():
-    args = parse(parser(), ["in.png", "--config-file", "coco/r50", "--weights", "a.pth", "MODEL.DEVICE", "cpu"])
+    args = parser().parse(["in.png", "--config-file", "coco/r50", "--weights", "a.pth", "MODEL.DEVICE", "cpu"])
     assert args.opts == ["MODEL.WEIGHTS", "a.pth", "MODEL.DEVICE", "cpu"]
 
 
 def test_options_after_their_flag_leave_lists_alone():
-    built = config_parser("A program.", config_file=False)
+    built = ConfigParser("A program.", config_file=False, options="--opts")
     built.add_argument("--input", nargs="+")
-    args = parse(built, ["--input", "a", "b", "--opts", "MODEL.DEVICE", "cpu", "--config-file", "x"], options="--opts")
+    args = built.parse(["--input", "a", "b", "--opts", "MODEL.DEVICE", "cpu", "--config-file", "x"])
     assert (args.input, args.opts, args.config_file) == (["a", "b"], ["MODEL.DEVICE", "cpu"], "x")
-    assert parse(config_parser("", config_file=None), []) == argparse.Namespace(opts=[])
+    assert built.parse(["--input", "c"]).opts == []  # which is a new list
+    assert ConfigParser("", config_file=None).parse([]) == argparse.Namespace(opts=[])
 
 
 @pytest.fixture(scope="module")

@@ -112,7 +112,7 @@ def test_options(demo, tmp_path, opts, message):
 
 def test_without_the_quickstarts_weights(demo, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "QUICKSTART_WEIGHTS", (tmp_path / "first.pth", tmp_path / "second.pth"))
-    args = demo.parse_args(["--input", "image.png", "--config-file", "shapes/quickstart"])
+    args = demo.PARSER.parse(["--input", "image.png", "--config-file", "shapes/quickstart"])
     with pytest.raises(UserError, match=r"make quickstart.*--config-file"):
         demo.setup(args)
     for name in ("second.pth", "first.pth"):
@@ -148,7 +148,7 @@ def test_the_quickstarts_model_where_the_published_cannot_be_had(demo, zoo, tmp_
 
 def test_which_weights_are_taken(demo, tmp_path):
     def weights(*arguments):
-        return demo.setup(demo.parse_args(["--input", "x.jpg", *arguments])).MODEL.WEIGHTS
+        return demo.setup(demo.PARSER.parse(["--input", "x.jpg", *arguments])).MODEL.WEIGHTS
 
     published = model_zoo.get_checkpoint_url("coco/r50")
     assert weights() == weights("--config-file", "configs/coco/r50.yaml") == published
@@ -160,7 +160,7 @@ def test_which_weights_are_taken(demo, tmp_path):
 
 
 def test_coco_needs_no_files_of_the_dataset(demo):
-    cfg = demo.setup(demo.parse_args(["--input", "x.jpg", "--config-file", "coco/r50", "--weights", "x.pth"]))
+    cfg = demo.setup(demo.PARSER.parse(["--input", "x.jpg", "--config-file", "coco/r50", "--weights", "x.pth"]))
     assert cfg.MODEL.KMAX.NUM_CLASSES == 133 and cfg.MODEL.WEIGHTS == "x.pth"
     names = dataset_metadata(cfg).stuff_classes
     assert demo.describe([{"category_id": 0}, {"category_id": 2}, {"category_id": 0}], names) == "2 person, 1 car"

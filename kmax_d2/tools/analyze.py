@@ -9,34 +9,25 @@ costs next to nothing, but it is counted as that product: N * H * W * C.
 
 The default size is the paper's: 800x1200 on COCO, elsewhere the crop, which is 1025x2049 on Cityscapes. In practice an
 image is padded to sides of 32k + 1 first: `--size 801 1217` shows what the network computes for one of 800x1200.
-
-Only shapes are computed, so every model takes seconds.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterable, Sequence
 
-from ..command_line import config_parser, parse, run_program
+from ..command_line import ConfigParser, run_program
 
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line; None takes that of the process."""
-    parser = config_parser(__doc__)
-    parser.add_argument(
-        "--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="of the network's input (default: the paper's)"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    return parse(parser, argv)
-
+PARSER = ConfigParser(__doc__)
+PARSER.add_argument(
+    "--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="of the network's input (default: the paper's)"
+)
+PARSER.add_argument("--json", action="store_true", help="print JSON")
 
 if __name__ == "__main__":
-    parse_args()  # answers --help and mistakes before the slow imports
+    PARSER.parse()  # answers --help and mistakes before the slow imports
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from tabulate import tabulate
 from torch import nn
@@ -67,12 +58,6 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.index_add: _index_add_flops})
 
 
-def paper_size(cfg: CfgNode) -> tuple[int, int]:
-    """Returns the (height, width) for which the paper reports FLOPs; the crop where it reports none."""
-    on_coco = any(name.startswith("coco_") for name in cfg.DATASETS.TEST)
-    return PAPER_COCO_SIZE if on_coco else tuple(cfg.INPUT.CROP_SIZE)
-
-
 def _num_parameters(modules: Iterable[nn.Module]) -> int:
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
@@ -93,7 +78,8 @@ def analyze(file: str, options: Sequence = (), size: Sequence[int] | None = None
         UserError: the options do not describe a model, or the model does not accept this size.
     """
     cfg = ready_config(file, options, OVERRIDES)
-    height, width = size or paper_size(cfg)
+    on_coco = any(name.startswith("coco_") for name in cfg.DATASETS.TEST)
+    height, width = size or (PAPER_COCO_SIZE if on_coco else cfg.INPUT.CROP_SIZE)
     if min(height, width) < 1:
         raise UserError(f"the input must have at least one pixel, not {height}×{width}")
     model = build_model(cfg).eval().requires_grad_(False)
@@ -101,7 +87,7 @@ def analyze(file: str, options: Sequence = (), size: Sequence[int] | None = None
     params = {name: _num_parameters([getattr(model, part)]) for name, part in PARTS.items()}
     params["final_predictor"] = _num_parameters(getattr(decoder, name) for name in FINAL_PREDICTOR)
     counter = flop_counter()
-    with FakeTensorMode(allow_non_fake_inputs=True), counter:
+    with FakeTensorMode(allow_non_fake_inputs=True), counter:  # computes shapes alone, so every model takes seconds
         decoder(model.pixel_decoder(model.backbone(torch.zeros(1, 3, height, width))), False)
     counts = {name: sum(by_operator.values()) // 2 for name, by_operator in counter.get_flop_counts().items()}
     flops = {name: counts[type(getattr(model, part)).__name__] for name, part in PARTS.items()}
@@ -118,7 +104,7 @@ def analyze(file: str, options: Sequence = (), size: Sequence[int] | None = None
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command line; None takes that of the process."""
-    args = parse_args(argv)
+    args = PARSER.parse(argv)
     result = analyze(args.config_file, args.opts, args.size)
     if args.json:
         print(json.dumps({"config": args.config_file, **result}, indent=2))

@@ -18,27 +18,22 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 
-from ..command_line import config_parser, parse, run_program
+from ..command_line import ConfigParser, run_program
 
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line; None takes that of the process."""
-    parser = config_parser(__doc__)
-    parser.add_argument("mode", choices=("inference", "training", "merging"))
-    parser.add_argument("--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="of the images (default: crop)")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images (%(default)s)")
-    parser.add_argument("--device", help="cpu or cuda (default: the config's)")
-    parser.add_argument("--precision", default="float32", help="float32, tf32, or bfloat16; the baseline has float32")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measurements (default: %(default)s)")
-    parser.add_argument("--compile", nargs="?", const="default", metavar="MODE", help="same as MODEL.KMAX.COMPILE")
-    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
-    parser.add_argument("--json", action="store_true", help="print a list of rows")
-    return parse(parser, argv)
-
+PARSER = ConfigParser(__doc__)
+PARSER.add_argument("mode", choices=("inference", "training", "merging"))
+PARSER.add_argument("--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="of the images (default: crop)")
+PARSER.add_argument("--batch-size", type=int, default=1, metavar="N", help="images (%(default)s)")
+PARSER.add_argument("--device", help="cpu or cuda (default: the config's)")
+PARSER.add_argument("--precision", default="float32", help="float32, tf32, or bfloat16; the baseline has float32")
+PARSER.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's)")
+PARSER.add_argument("--repeats", type=int, default=5, metavar="N", help="measurements (default: %(default)s)")
+PARSER.add_argument("--compile", nargs="?", const="default", metavar="MODE", help="same as MODEL.KMAX.COMPILE")
+PARSER.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+PARSER.add_argument("--json", action="store_true", help="print a list of rows")
 
 if __name__ == "__main__":
-    parse_args()  # answers --help and mistakes before the slow imports
+    PARSER.parse()  # answers --help and mistakes before the slow imports
 
 import contextlib
 import multiprocessing
@@ -122,7 +117,7 @@ def build_task(args: argparse.Namespace, stages: bool) -> Task:
     if args.mode == "merging":
         queries, stride = cfg.MODEL.KMAX.TRANSFORMER_DECODER.NUM_QUERIES, model.pixel_decoder.output_shape()[-1].stride
         map_size = ((side - 1) // stride + 1 for side in args.size)
-        logits = [x.to(model.device) for x in made_up_prediction((queries, num_classes + 1), (queries, *map_size))]
+        logits = made_up_prediction((queries, num_classes + 1), (queries, *map_size), model.device)
         return {"total": in_context(lambda: [model.merging(*logits, tuple(args.size)) for _ in images], args)}
     task: Task = {"total": lambda: model(inputs)}
     if args.mode == "training":
@@ -188,7 +183,7 @@ def benchmark(args: argparse.Namespace) -> list[dict]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command line; None takes that of the process."""
-    args = parse_args(argv)
+    args = PARSER.parse(argv)
     rows = benchmark(args)
     task = f"{args.config_file}, {args.mode}, {args.batch_size} × {args.size[0]}×{args.size[1]}"
     title = f"{task}, {args.precision} on {args.device}, {args.threads} threads"

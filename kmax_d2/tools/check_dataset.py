@@ -12,26 +12,21 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..command_line import config_parser, parse, run_program
+from ..command_line import ConfigParser, run_program
 
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line; None takes that of the process."""
-    parser = config_parser(__doc__, config_file=False)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="registered datasets")
-    parser.add_argument("--images", metavar="DIR", help="image folder of data in COCO panoptic format")
-    parser.add_argument("--panoptic", metavar="DIR", help="folder of its PNGs")
-    parser.add_argument("--json", metavar="FILE", help="its JSON")
-    parser.add_argument("--output", default="output/check_dataset", metavar="DIR", help="for the page (%(default)s)")
-    parser.add_argument("--samples", type=int, default=12, metavar="N", help="samples on the page (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="for choosing them (%(default)s)")
-    parser.add_argument("--examples", type=int, default=5, metavar="N", help="shown of each fault (%(default)s)")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one per core)")
-    return parse(parser, argv, options="--opts")
-
+PARSER = ConfigParser(__doc__, config_file=False, options="--opts")
+PARSER.add_argument("names", nargs="*", metavar="NAME", help="registered datasets")
+PARSER.add_argument("--images", metavar="DIR", help="image folder of data in COCO panoptic format")
+PARSER.add_argument("--panoptic", metavar="DIR", help="folder of its PNGs")
+PARSER.add_argument("--json", metavar="FILE", help="its JSON")
+PARSER.add_argument("--output", default="output/check_dataset", metavar="DIR", help="for the page (%(default)s)")
+PARSER.add_argument("--samples", type=int, default=12, metavar="N", help="samples on the page (%(default)s)")
+PARSER.add_argument("--seed", type=int, default=0, metavar="N", help="for choosing them (%(default)s)")
+PARSER.add_argument("--examples", type=int, default=5, metavar="N", help="shown of each fault (%(default)s)")
+PARSER.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one per core)")
 
 if __name__ == "__main__":
-    parse_args()  # answers --help and mistakes before the slow imports
+    PARSER.parse()  # answers --help and mistakes before the slow imports
 
 import random
 from collections import defaultdict
@@ -161,7 +156,7 @@ def report(dataset: Dataset, args: argparse.Namespace) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command line; None takes that of the process."""
-    args = parse_args(argv)
+    args = PARSER.parse(argv)
     sound = [report(dataset, args) for dataset in datasets(args)]
     if not all(sound):
         sys.exit(1)

@@ -9,24 +9,18 @@ run it again: it continues with the trainings that are not finished.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..command_line import config_parser, parse, run_program
+from ..command_line import ConfigParser, run_program
 
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line; None takes that of the process."""
-    parser = config_parser(__doc__, config_file=None)
-    parser.add_argument("--output", default="output/compare_attention", metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 1 to N (default: %(default)s)")
-    return parse(parser, argv)
-
+PARSER = ConfigParser(__doc__, config_file=None)
+PARSER.add_argument("--output", default="output/compare_attention", metavar="DIR", help="default: %(default)s")
+PARSER.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 1 to N (default: %(default)s)")
 
 if __name__ == "__main__":
-    parse_args()  # answers --help and mistakes before the slow imports
+    PARSER.parse()  # answers --help and mistakes before the slow imports
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -37,6 +31,7 @@ from tabulate import tabulate
 from ..data.panoptic_png import written_whole
 from ..data.prepare import make_folder
 from ..engine import ready_config
+from ..engine.setup import PANOPTIC_ONLY
 from ..errors import UserError
 from .quickstart import CONFIG, QuickstartTrainer, quiet_log
 
@@ -47,15 +42,9 @@ EVAL_PERIOD = 100
 
 def make_config(attention: str, seed: int, folder: Path, options: Sequence[str]) -> CfgNode:
     """Returns the quickstart's config for one training; only panoptic quality is evaluated."""
-    overrides = {
-        "OUTPUT_DIR": str(folder),
-        "SEED": seed,
-        "MODEL.KMAX.TRANSFORMER_DECODER.CROSS_ATTENTION": attention,
-        "MODEL.KMAX.TEST.SEMANTIC_ON": False,
-        "MODEL.KMAX.TEST.INSTANCE_ON": False,
-    }
     defaults = ("SOLVER.MAX_ITER", ITERATIONS, "TEST.EVAL_PERIOD", EVAL_PERIOD)
-    return ready_config(CONFIG, [*defaults, *options], [part for pair in overrides.items() for part in pair])
+    variant = ("OUTPUT_DIR", str(folder), "SEED", seed, "MODEL.KMAX.TRANSFORMER_DECODER.CROSS_ATTENTION", attention)
+    return ready_config(CONFIG, [*defaults, *options], [*variant, *PANOPTIC_ONLY])
 
 
 def train(cfg: CfgNode) -> dict[int, float]:
@@ -92,7 +81,7 @@ def draw(curves: dict[str, list[dict[int, float]]], file: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command line; None takes that of the process."""
-    args = parse_args(argv)
+    args = PARSER.parse(argv)
     if args.seeds < 1:
         raise UserError(f"--seeds must be at least 1, not {args.seeds}")
     output = make_folder(Path(args.output))

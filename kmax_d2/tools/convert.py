@@ -5,23 +5,17 @@ python -m kmax_d2.tools.convert IN OUT --config-file NAME [NAME VALUE ...]
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..command_line import config_parser, parse, run_program
+from ..command_line import ConfigParser, run_program
 
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line; None takes that of the process."""
-    parser = config_parser(__doc__)
-    parser.add_argument("input", metavar="IN", help="anything MODEL.WEIGHTS accepts: a file, a URL, a prefix")
-    parser.add_argument("output", metavar="OUT", type=Path, help="the checkpoint to write, .pth or .pkl")
-    return parse(parser, argv)
-
+PARSER = ConfigParser(__doc__)
+PARSER.add_argument("input", metavar="IN", help="anything MODEL.WEIGHTS accepts: a file, a URL, a prefix")
+PARSER.add_argument("output", metavar="OUT", type=Path, help="the checkpoint to write, .pth or .pkl")
 
 if __name__ == "__main__":
-    parse_args()  # answers --help and mistakes before the slow imports
+    PARSER.parse()  # answers --help and mistakes before the slow imports
 
 import pickle
 
@@ -49,7 +43,7 @@ def write_checkpoint(weights: dict[str, torch.Tensor], file: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command line; None takes that of the process."""
-    args = parse_args(argv)
+    args = PARSER.parse(argv)
     if args.output.suffix not in (".pth", ".pkl"):
         raise UserError(f"the name of the output must end in .pth or .pkl, unlike {args.output}")
     setup_logger(name="fvcore")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,7 +18,10 @@ def made_up_segments(size: Sequence[int], num_classes: int) -> tuple[torch.Tenso
     return rows * (SEGMENTS // 3) + columns, torch.arange(SEGMENTS) * 7 % num_classes
 
 
-def made_up_prediction(class_shape: Sequence[int], mask_shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+@functools.cache
+def made_up_prediction(
+    class_shape: tuple[int, ...], mask_shape: tuple[int, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns class logits (N, K + 1) and mask logits (N, h, w) of some confident masks and many void queries."""
     ids, classes = made_up_segments(mask_shape[1:], class_shape[1] - 1)
     query = torch.randperm(class_shape[0])[:SEGMENTS]  # fewer if there are fewer queries
@@ -25,24 +29,17 @@ def made_up_prediction(class_shape: Sequence[int], mask_shape: Sequence[int]) ->
     class_logits[:, -1] += 10
     class_logits[query, classes[: len(query)]] += 20
     mask_logits[query] += 12 * (ids == torch.arange(len(query))[:, None, None])
-    return class_logits, mask_logits
+    return class_logits.to(device), mask_logits.to(device)
 
 
 class MadeUpMerging(nn.Module):
-    """Merges a made-up prediction in place of a random model's, which has no confident mask.
-
-    Args:
-        merging: a :class:`~kmax_d2.modeling.merging.MaskWiseMerging`.
-    """
+    """Stands in for a model's merging, and gives it a made-up prediction: a random one is all void."""
 
     def __init__(self, merging: Callable):
         super().__init__()
         self.merging = merging
-        self.prediction: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, class_logits: torch.Tensor, mask_logits: torch.Tensor, *args, **kwargs) -> object:
         """Takes the arguments of the merging; of the logits only shape and device matter."""
-        if self.prediction is None:
-            made_up = made_up_prediction(class_logits.shape, mask_logits.shape)
-            self.prediction = made_up[0].to(class_logits.device), made_up[1].to(mask_logits.device)
-        return self.merging(*self.prediction, *args, **kwargs)
+        made_up = made_up_prediction(class_logits.shape, mask_logits.shape, class_logits.device)
+        return self.merging(*made_up, *args, **kwargs)

@@ -13,20 +13,15 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..command_line import config_parser, parse, run_program
+from ..command_line import ConfigParser, run_program
 
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line; None takes that of the process."""
-    parser = config_parser(__doc__, weights=True)
-    parser.add_argument("--input", required=True, type=Path, metavar="FOLDER", help="the images")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="for panoptic_NAME and annotations")
-    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes, each on a GPU (%(default)s)")
-    return parse(parser, argv)
-
+PARSER = ConfigParser(__doc__, weights=True)
+PARSER.add_argument("--input", required=True, type=Path, metavar="FOLDER", help="the images")
+PARSER.add_argument("--output", required=True, type=Path, metavar="DIR", help="for panoptic_NAME and annotations")
+PARSER.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes, each on a GPU (%(default)s)")
 
 if __name__ == "__main__":
-    parse_args()  # answers --help and mistakes before the slow imports
+    PARSER.parse()  # answers --help and mistakes before the slow imports
 
 import functools
 from collections import Counter
@@ -144,7 +139,7 @@ def json_entries(labels: dict[Path, dict]) -> list[dict]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command line; None takes that of the process."""
-    args = parse_args(argv)
+    args = PARSER.parse(argv)
     files = images_in(args.input)
     stem, count = Counter(file.stem for file in files).most_common(1)[0]
     if count > 1:

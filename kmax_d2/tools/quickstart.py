@@ -5,33 +5,26 @@ python -m kmax_d2.tools.quickstart [--output DIR] [NAME VALUE ...]
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..command_line import config_parser, parse, run_program
+from ..command_line import ConfigParser, run_program
 
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line; None takes that of the process."""
-    parser = config_parser(__doc__, config_file=None)
-    parser.add_argument("--output", default="output/quickstart", metavar="DIR", help="default: %(default)s")
-    return parse(parser, argv)
-
+PARSER = ConfigParser(__doc__, config_file=None)
+PARSER.add_argument("--output", default="output/quickstart", metavar="DIR", help="default: %(default)s")
 
 if __name__ == "__main__":
-    parse_args()  # answers --help and mistakes before the slow imports
+    PARSER.parse()  # answers --help and mistakes before the slow imports
 
 import logging
-import os
 import time
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
+from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from detectron2.utils.logger import setup_logger
 from PIL import Image
 from tabulate import tabulate
@@ -77,10 +70,7 @@ class QuickstartTrainer(Trainer):
 
     def build_writers(self) -> list[EventWriter]:
         """Leaves out the writer that prints to the terminal."""
-        return [
-            JSONWriter(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")),
-            TensorboardXWriter(self.cfg.OUTPUT_DIR),
-        ]
+        return [writer for writer in super().build_writers() if not isinstance(writer, CommonMetricPrinter)]
 
 
 def summarize(results: dict, seconds: float) -> dict[str, float]:
@@ -109,7 +99,7 @@ def quiet_log(output: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command line; None takes that of the process."""
-    args = parse_args(argv)
+    args = PARSER.parse(argv)
     start = time.perf_counter()
     output = make_folder(Path(args.output))
     results_file = output / "results.json"
