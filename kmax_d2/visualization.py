@@ -41,7 +41,7 @@ class _SteadyVisualizer(Visualizer):
         """Writes at the point of a mask (H, W) farthest from its border: the median pixel may lie outside."""
         depth = cv2.distanceTransform(np.pad(binary_mask.astype(np.uint8), 1), cv2.DIST_L2, 3)
         y, x = np.unravel_index(np.argmax(depth), depth.shape)
-        self.draw_text(text, (x, y), color=color)
+        self.draw_text(text, (float(x), float(y)), color=color)
 
     def draw_text(self, text: str, position: Sequence[float], **options) -> VisImage:
         """Writes, and moves labels that would leave the image back into it."""
@@ -103,13 +103,12 @@ def cluster_palette(num_clusters: int) -> np.ndarray:
     return candidates[chosen]
 
 
-def draw_assignment(image: np.ndarray, assignment: np.ndarray, num_clusters: int) -> np.ndarray:
-    """Colors every pixel by its cluster, over a faint image.
+def draw_assignment(image: np.ndarray, assignment: np.ndarray) -> np.ndarray:
+    """Colors every pixel by its cluster, with the cluster's color of :func:`cluster_palette`, over a faint image.
 
     Args:
         image: (H, W, 3) uint8, RGB.
         assignment: (h, w), the cluster index at each position; the outermost positions lie on the image border.
-        num_clusters: N.
 
     Returns:
         (H, W, 3) uint8, RGB.
@@ -118,7 +117,7 @@ def draw_assignment(image: np.ndarray, assignment: np.ndarray, num_clusters: int
         np.rint(np.linspace(0, positions - 1, pixels)).astype(np.int64)
         for positions, pixels in zip(assignment.shape, image.shape[:2], strict=True)
     )
-    colors = cluster_palette(num_clusters)[assignment[rows[:, None], columns]]
+    colors = cluster_palette(int(assignment.max()) + 1)[assignment[rows[:, None], columns]]
     gray = image.mean(axis=2, keepdims=True)
     return np.rint(0.75 * colors + 0.25 * gray).astype(np.uint8)
 
@@ -133,7 +132,7 @@ def assignments(model: nn.Module, image: torch.Tensor) -> list[np.ndarray]:
     Returns:
         maps (h, w) of cluster indices, each at its own stride.
     """
-    result = model.predict(image[None], auxiliary=True)
+    result = model.predict(image[None], auxiliary=True)  # type: ignore[operator]
     predictions = [*result["auxiliary"], result]
     return [prediction["mask_logits"][0].argmax(0).cpu().numpy() for prediction in predictions]
 
@@ -188,10 +187,9 @@ def result_page(model: nn.Module, record: dict, metadata: Metadata) -> np.ndarra
     clusters = [(f"decoder {number}", assignment) for number, assignment in enumerate(decoders, start=1)]
     if len(panels) < 3:
         clusters.insert(0, ("final clusters", final))
-    num_clusters = model.transformer_decoder.centers.shape[0]
     for title, assignment in clusters:
         title = f"{title} (stride {_stride(record['image'].shape[-2:], assignment.shape)})"
-        panels.append((title, draw_assignment(enlarged(image), assignment, num_clusters)))
+        panels.append((title, draw_assignment(enlarged(image), assignment)))
     return page([panels[start : start + 3] for start in range(0, len(panels), 3)])
 
 

@@ -1,22 +1,22 @@
 """The command-line grammar of all programs, and that parsing does not wait for PyTorch."""
 
 import argparse
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
+from programs import DEMO, ROOT
 
 from kmax_d2.command_line import ConfigParser
 from kmax_d2.errors import UserError
 
-ROOT = Path(__file__).parents[1]
 TOOLS = sorted(
     file.stem for file in (ROOT / "kmax_d2" / "tools").glob("*.py") if "__main__" in file.read_text(encoding="utf-8")
 )
-PROGRAMS = [*(["-m", f"kmax_d2.tools.{name}"] for name in TOOLS), [str(ROOT / "demo" / "demo.py")]]
+PROGRAMS = [*(["-m", f"kmax_d2.tools.{name}"] for name in TOOLS), [str(DEMO)]]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -107,10 +107,7 @@ def test_options_after_their_flag_leave_lists_alone():
 
 @pytest.fixture(scope="module")
 def train_net():
-    spec = importlib.util.spec_from_file_location("train_net", ROOT / "train_net.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return programs.load(programs.TRAIN_NET)
 
 
 @pytest.mark.parametrize("after", [False, True])

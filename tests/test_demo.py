@@ -1,12 +1,11 @@
 """The demo as a user runs it: images in, overlays out, every fault named."""
 
-import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
+import programs
 import published
 import pytest
 import torch
@@ -22,7 +21,6 @@ from kmax_d2.engine.setup import dataset_metadata
 from kmax_d2.errors import UserError
 from kmax_d2.images import find_images
 
-DEMO = Path(__file__).parents[1] / "demo" / "demo.py"
 # A random model's classes are not confident; of two masks one is always above the pixel threshold.
 SURE = options(
     MODEL__KMAX__TRANSFORMER_DECODER__NUM_QUERIES=2,
@@ -36,10 +34,7 @@ SURE = options(
 
 @pytest.fixture(scope="module")
 def demo():
-    spec = importlib.util.spec_from_file_location("demo", DEMO)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return programs.load(programs.DEMO)
 
 
 @pytest.fixture
@@ -67,7 +62,7 @@ def test_good_and_bad_images(tmp_path, weights):
     (folder / "cut.jpg").write_bytes((folder / "gray.jpg").read_bytes()[:400])
     (folder / "text.txt").write_text("no image")
     missing = tmp_path / "missing.jpg"
-    command = [sys.executable, str(DEMO), "--input", str(folder), str(missing), str(folder / "turned.*")]
+    command = [sys.executable, str(programs.DEMO), "--input", str(folder), str(missing), str(folder / "turned.*")]
     command += ["--output", str(tmp_path / "out"), "--config-file", "shapes/quickstart", "--weights", weights]
     command += ["--assignments", "--opts", *map(str, SURE)]
     environment = os.environ | {"KMAX_D2_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}

@@ -1,8 +1,8 @@
 """Inference in each precision."""
 
-import importlib.util
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from detectron2.modeling import build_model
@@ -18,7 +18,6 @@ from kmax_d2.errors import UserError
 from kmax_d2.modeling.fold import fold_batch_norms
 from kmax_d2.tools import pseudo_label
 
-ROOT = Path(__file__).parents[1]
 WEIGHTS = str(Path(kmax_d2.__file__).parent / "assets" / "quickstart.pth")
 
 
@@ -135,9 +134,7 @@ def test_misspelt_precision_in_pseudo_labels(own_data, tmp_path):
 
 
 def test_demo_in_bfloat16(own_data, tmp_path):
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "demo" / "demo.py")
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
+    demo = programs.load(programs.DEMO)
     command = ["--config-file", "shapes/quickstart", "--weights", WEIGHTS, "--assignments", "--input", own_data[0]]
     command += ["--output", str(tmp_path), "--opts", "MODEL.DEVICE", "cpu"]
     with pytest.raises(UserError, match="is bf16"):

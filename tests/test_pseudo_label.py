@@ -29,7 +29,7 @@ WEIGHTS = str(Path(kmax_d2.__file__).parent / "assets" / "quickstart.pth")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Drawn images in "unlabeled", one of which is no image; one is PNG, and grey."""
+    """Drawn images in "unlabeled", one of which is no image; one is PNG, and gray."""
     folder = tmp_path_factory.mktemp("pseudo_label")
     shapes.write_split(folder, "unlabeled", 4, 11)
     images = folder / "unlabeled"
@@ -105,10 +105,10 @@ def test_labels_are_a_sound_dataset_to_train_with(made):
 
 def test_broken_images_are_named_and_left_out(folder, capsys):
     run(folder)
-    told = capsys.readouterr().out
-    assert "skipped: cannot read the image" in told
-    assert "unlabeled/0009.jpg" in told
-    assert "left out: 1 images that cannot be read, 0 in which the model finds nothing" in told
+    output = capsys.readouterr().out
+    assert "skipped: cannot read the image" in output
+    assert "unlabeled/0009.jpg" in output
+    assert "left out: 1 images that cannot be read, 0 in which the model finds nothing" in output
 
 
 def test_interrupted_run_goes_on(folder):

@@ -115,7 +115,7 @@ def test_palette_is_distinct_and_steady(number):
 
 def test_one_color_for_each_cluster(gray):
     assignment = np.array([[0, 1], [2, 0]])
-    picture = visualization.draw_assignment(gray, assignment, 4)
+    picture = visualization.draw_assignment(gray, assignment)
     assert picture.shape == gray.shape and picture.dtype == np.uint8
     assert np.array_equal(picture[0, 0], picture[-1, -1])
     assert len({tuple(pixel) for pixel in picture.reshape(-1, 3)}) == 3
@@ -135,7 +135,7 @@ def test_assignments_are_the_largest_logits(model):
 
 
 @pytest.mark.parametrize("stride", [4, 8, 16, 32])
-def test_stride_is_told_from_the_sizes(stride):
+def test_stride_follows_from_the_sizes(stride):
     for size in ((129, 129), (1281, 853), (36, 33), (800, 40)):
         assert visualization._stride(size, [(side - 1) // stride + 1 for side in size]) == stride
 

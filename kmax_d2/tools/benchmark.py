@@ -8,8 +8,8 @@ training: one step without the optimizer.
 The baseline is torchvision's ResNet-50 without pooling and head, in float32, for the same size, batch, and threads: its
 forward pass, or forward and backward for training. Baseline, model, and stages take turns, so that noise affects them
 alike. Each stage is timed alone on the inputs that it gets in the model; axial attention is also part of its decoder.
-Seconds are medians with their interquartile range. Peak memory is that of a fresh process beyond its imports, and on a
-GPU what PyTorch allocates. Weights and images are random; merging gets a made-up prediction like a trained model's.
+Seconds are medians with their interquartile range. Peak memory is that of a fresh process beyond its imports, or what
+PyTorch allocates on a GPU. Weights and images are random; merging gets a made-up prediction like a trained model's.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ if __name__ == "__main__":
     PARSER.parse()  # answers --help and mistakes before the slow imports
 
 import contextlib
+import functools
 import multiprocessing
 import sys
 from collections import defaultdict
@@ -46,7 +47,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from tabulate import tabulate
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 from torch.utils.benchmark import Measurement, Timer
 
 from ..engine import ready_config
@@ -66,30 +67,32 @@ Task = dict[str, Callable[[], object]]  # "total", and perhaps its stages
 def stages_of(model: nn.Module, run: Callable[[], object], inner: bool) -> Task:
     """Returns, for each stage, a function that repeats the calls of its modules with the inputs that they get in a run.
 
-    Args:
-        model: a KMaXDeepLab.
-        run: calls the model.
-        inner: whether axial attention and the final predictor are stages too.
+    With `inner`, axial attention and the final predictor are stages too.
     """
     modules = dict(model.named_modules())
     names = {name: row for name, row in PARTS.items() if name in modules}
-    if inner:
-        axial = (name for name, module in modules.items() if isinstance(module, AxialAttention1D))
-        names |= {name: f"{name.partition('.')[0]}.axial_attention" for name in axial}
-        names |= {"transformer_decoder.predictor": "final_predictor"}
+    names |= {"transformer_decoder.predictor": "final_predictor"} if inner else {}
+    axial = (name for name, module in modules.items() if inner and isinstance(module, AxialAttention1D))
+    names |= {name: f"{name.partition('.')[0]}.axial_attention" for name in axial}
     calls = defaultdict(list)
 
-    def detached(value: object) -> object:
-        return value.detach().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
+    def detached(x: torch.Tensor) -> torch.Tensor:
+        return x.detach().requires_grad_(x.requires_grad)
 
     def record(stage: str) -> Callable:
-        return lambda module, *inputs: calls[stage].append((module, *tree_map(detached, inputs)))
+        return lambda module, *inputs: calls[stage].append((module, *tree_map_only(torch.Tensor, detached, inputs)))
 
     with contextlib.ExitStack() as hooks:
         for name, stage in names.items():
             hooks.enter_context(modules[name].register_forward_pre_hook(record(stage), with_kwargs=True))
         run()
-    return {name: lambda of=of: [module(*args, **kw) for module, args, kw in of] for name, of in calls.items()}
+    return {name: functools.partial(run_all, of_stage) for name, of_stage in calls.items()}
+
+
+def run_all(calls: Sequence[tuple[nn.Module, tuple, dict]]) -> None:
+    """Calls modules with positional and keyword arguments."""
+    for module, args, kwargs in calls:
+        module(*args, **kwargs)
 
 
 def in_context(run: Callable[[], object], args: argparse.Namespace, precision: str = "") -> Callable[[], object]:
@@ -103,7 +106,7 @@ def build_baseline(args: argparse.Namespace, stages: bool) -> Task:
     training = args.mode == "training"
     body = nn.Sequential(*list(torchvision.models.resnet50().children())[:-2]).to(args.device).train(training)
     x = torch.randn(args.batch_size, 3, *args.size, device=args.device)
-    run = (lambda: (body.zero_grad(), body(x).mean().backward())) if training else (lambda: body(x))
+    run = (lambda: torch.autograd.grad(body(x).mean(), list(body.parameters()))) if training else (lambda: body(x))
     return {"total": in_context(run, args, "float32")}
 
 
@@ -121,7 +124,8 @@ def build_task(args: argparse.Namespace, stages: bool) -> Task:
         return {"total": in_context(lambda: [model.merging(*logits, tuple(args.size)) for _ in images], args)}
     task: Task = {"total": lambda: model(inputs)}
     if args.mode == "training":
-        task = {"total": lambda: (model.zero_grad(), sum(model(inputs).values()).backward()), "forward": task["total"]}
+        task["forward"], weights = task["total"], list(model.parameters())
+        task["total"] = lambda: torch.autograd.grad(sum(model(inputs).values()), weights)
     else:
         model = inference_model(model, cfg)
         model.merging = MadeUpMerging(model.merging)

@@ -90,7 +90,7 @@ def class_table(dataset: Dataset, findings: list[Findings]) -> str:
             segments[id_].append((number, area, crowd))
     void = [found.void for found in findings if found.void]
     percent = 100 / max(1, sum(void) + sum(area for of_class in segments.values() for _, area, _ in of_class))
-    rows = []
+    rows: list[tuple] = []
     for id_, category in dataset.categories.items():
         images, areas, crowds = zip(*segments[id_], strict=True) if segments[id_] else ((), (), ())
         row = (id_, category.name, "thing" if category.isthing else "stuff", len(set(images)), len(images))

@@ -73,7 +73,8 @@ def label(args: argparse.Namespace, files: Sequence[Path], folder: Path) -> None
     share = files[comm.get_rank() :: comm.get_world_size()]
     load = functools.partial(_load, mapper=PanopticTestMapper(cfg))
     # Every image has its own size, so there are no batches.
-    loader = DataLoader(share, batch_size=None, collate_fn=load, num_workers=cfg.DATALOADER.NUM_WORKERS)
+    workers = cfg.DATALOADER.NUM_WORKERS
+    loader: DataLoader = DataLoader(list(share), batch_size=None, collate_fn=load, num_workers=workers)  # type: ignore
     quiet = not comm.is_main_process()
     for file, inputs in tqdm(loader, "labeling", unit="image", disable=quiet, mininterval=0.5, dynamic_ncols=True):
         if isinstance(inputs, UserError):
