@@ -121,11 +121,9 @@ def draw_sample(sample: Sample, dataset: Dataset) -> np.ndarray:
     scale = min(1.0, LONG_SIDE / max(image.size))
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     ids = rgb2id(np.asarray(colors.resize(size, Image.Resampling.NEAREST)))
-    segments = []
-    for segment in sample.segments:
-        category = dataset.categories[segment["category_id"]]
-        if (ids == segment["id"]).any():
-            segments.append({"id": segment["id"], "category_id": category.contiguous, "isthing": category.isthing})
+    categories = {segment["id"]: dataset.categories[segment["category_id"]] for segment in sample.segments}
+    visible = {id_: category for id_, category in categories.items() if id_ in ids}
+    segments = [{"id": id_, "category_id": c.contiguous, "isthing": c.isthing} for id_, c in visible.items()]
     return draw_panoptic(np.asarray(image.resize(size)), ids, segments, dataset.metadata)
 
 

@@ -92,10 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, label in ATTENTIONS.items():
             print(f"{label}, seed {seed}")
             curves[label].append(train(make_config(name, seed, output / f"{name}_seed{seed}", args.opts)))
-    rows = []
-    for label, runs in curves.items():
-        last = [list(run.values())[-1] for run in runs]
-        rows.append([label, np.mean(last), min(last), max(last)])
+    last = {label: [list(run.values())[-1] for run in runs] for label, runs in curves.items()}
+    rows = [(label, np.mean(values), min(values), max(values)) for label, values in last.items()]
     print(tabulate(rows, headers=["cross-attention", "PQ", "lowest", "highest"], floatfmt=".1f", tablefmt="github"))
     with written_whole(output / "results.json") as unfinished:
         unfinished.write_text(json.dumps(curves, indent=2))

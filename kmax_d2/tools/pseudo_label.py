@@ -108,17 +108,14 @@ def remember_model(cfg: CfgNode, folder: Path) -> None:
     del model["DEVICE"], model["KMAX"]["COMPILE"]
     weights = Path(model.pop("WEIGHTS"))
     stat = weights.stat() if weights.is_file() else None
-    identity = {
-        "weights": {"bytes": stat.st_size, "changed": stat.st_mtime} if stat else str(weights),
-        "model": model,
-        "input": yaml.safe_load(cfg.INPUT.dump()),
-        "categories": categories_of(cfg),
-    }
+    source = {"bytes": stat.st_size, "changed": stat.st_mtime} if stat else str(weights)
+    inputs = yaml.safe_load(cfg.INPUT.dump())
+    text = yaml.safe_dump({"weights": source, "model": model, "input": inputs, "categories": categories_of(cfg)})
     file = folder / "model.yaml"
     if not (file.is_file() and any(folder.glob("*.png"))):
         with written_whole(file) as unfinished:
-            unfinished.write_text(yaml.safe_dump(identity))
-    elif yaml.safe_load(file.read_text()) != identity:
+            unfinished.write_text(text)
+    elif file.read_text() != text:
         raise UserError(
             f"{folder} holds labels from another model or other options: delete it, or choose another --output"
         )
@@ -162,10 +159,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not entries:
         raise UserError(f"none of the {len(files)} images in {args.input} got a label; is the model trained?")
     write_json(make_folder(args.output / "annotations") / f"{name}.json", entries, categories)
-    print(
-        f"left out: {len(files) - len(labeled)} images that cannot be read, "
-        f"{len(labeled) - len(entries)} in which the model finds nothing"
-    )
+    broken, empty = len(files) - len(labeled), len(labeled) - len(entries)
+    print(f"left out: {broken} images that cannot be read, {empty} in which the model finds nothing")
 
 
 if __name__ == "__main__":
