@@ -1,23 +1,53 @@
 #!/usr/bin/env python
-"""Trains and evaluates kMaX-DeepLab with Detectron2's own arguments; `--help` lists them."""
+"""Trains and evaluates kMaX-DeepLab with Detectron2's arguments; `--help` lists them."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
-from detectron2.engine import default_setup
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from kmax_d2.checkpoint import KMaXCheckpointer
-from kmax_d2.engine import Trainer, argument_parser, launch, setup
+from kmax_d2.command_line import run_program
+from kmax_d2.engine import Trainer, launch, setup
+from kmax_d2.errors import UserError
 from kmax_d2.speed import inference_model
-from kmax_d2.errors import UserError, exit_on_user_error
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the command line of training and evaluation: Detectron2's arguments, and those of this project.
+
+    Args:
+        argv: the arguments; None takes those of the process.
+    """
+    ours, parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False), default_argument_parser()
+    for each in (ours, parser):
+        for name, split in (("--train-data", "training"), ("--test-data", "test")):
+            each.add_argument(
+                name,
+                nargs=3,
+                metavar=("IMAGES", "PNGS", "JSON"),
+                help=f"your own {split} data in COCO panoptic format: image folder, PNG folder, JSON file",
+            )
+        each.add_argument(
+            "--save-predictions",
+            metavar="DIR",
+            help="write the predictions of an evaluation to this folder, in the formats of the benchmark servers",
+        )
+    # Detectron2's parser takes everything after the first config option for options; ours may follow them.
+    args, rest = ours.parse_known_args(argv)
+    args = parser.parse_args(rest, args)
+    if args.save_predictions:
+        args.opts = ["MODEL.KMAX.TEST.SAVE_PREDICTIONS", args.save_predictions, *args.opts]
+    return args
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Trains, or evaluates with `--eval-only`, in one process."""
+    """Trains, or evaluates with `--eval-only`, in one process. Returns the last results by task."""
     setup_logger(distributed_rank=comm.get_rank(), name="kmax_d2")
     cfg = setup(args)
     default_setup(cfg, args)
@@ -36,16 +66,9 @@ def run(args: argparse.Namespace) -> dict:
     return trainer.train()
 
 
-def main() -> None:
-    parser = argument_parser()
-    parser.add_argument(
-        "--save-predictions",
-        metavar="DIR",
-        help="write what is predicted in evaluation there, in the formats of COCO's and Cityscapes' servers",
-    )
-    args = parser.parse_args()
-    if args.save_predictions:
-        args.opts += ["MODEL.KMAX.TEST.SAVE_PREDICTIONS", args.save_predictions]
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command line; None takes that of the process."""
+    args = parse_args(argv)
     launch(
         run,
         args.num_gpus,
@@ -57,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_program(main)

@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image
 from prepare_common import convert_split, find, is_whole, make_panoptic, parse_args
 
-from kmax_d2.data.panoptic_png import written_whole
 from kmax_d2.data.segment_ids import rgb2id
 from kmax_d2.errors import UserError, exit_on_user_error
+from kmax_d2.files import whole_file
 
 try:
     from cityscapesscripts.helpers.annotation import Annotation
@@ -65,7 +65,7 @@ def make_label_images(polygons: Path) -> Path:
     for kind, draw in kinds.items():
         made[kind] = file = polygons.with_name(polygons.name.replace(POLYGONS, f"_{kind}.png"))
         if not is_whole(file):
-            with written_whole(file) as unfinished, polygons_of(polygons):
+            with whole_file(file) as unfinished, polygons_of(polygons):
                 draw(str(polygons), str(unfinished))
     return made["instanceIds"]
 

@@ -14,9 +14,9 @@ from PIL import Image
 from prepare_common import is_whole, parse_args
 
 from kmax_d2.data.datasets import coco_panoptic
-from kmax_d2.data.panoptic_png import make_folder, written_whole
 from kmax_d2.errors import exit_on_user_error
 from kmax_d2.evaluation.semantic import segment_classes
+from kmax_d2.files import make_folder, whole_file
 from kmax_d2.parallel import parallel_map
 
 VOID = 255
@@ -29,7 +29,7 @@ def convert(record: dict, target: Path) -> None:
     if is_whole(file):
         return
     classes = segment_classes(png, record["segments_info"], VOID).astype(np.uint8)
-    with written_whole(file) as unfinished:
+    with whole_file(file) as unfinished:
         Image.fromarray(classes).save(unfinished)
 
 

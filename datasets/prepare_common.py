@@ -13,6 +13,7 @@ from PIL import Image
 
 from kmax_d2.data import panoptic_png
 from kmax_d2.errors import UserError
+from kmax_d2.files import make_folder
 from kmax_d2.parallel import parallel_map
 
 
@@ -79,6 +80,6 @@ def convert_split(
         categories: of the JSON.
         workers: number of processes; 0 uses one per core.
     """
-    panoptic_png.make_folder(target)
+    make_folder(target)
     entries = parallel_map(functools.partial(convert, target=target), files, target.name, workers)
     panoptic_png.write_json(target.with_suffix(".json"), entries, categories)

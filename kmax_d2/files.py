@@ -39,3 +39,12 @@ def write_json(file: Path, content: object, indent: int | None = None) -> None:
     """Writes `content` as a JSON file by :func:`whole_file`."""
     with whole_file(file) as unfinished:
         unfinished.write_text(json.dumps(content, indent=indent))
+
+
+def make_folder(folder: Path) -> Path:
+    """Creates a folder unless it exists, and returns it. Raises UserError on failure."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create the folder {folder}: {error.strerror}") from error
+    return folder

@@ -1,4 +1,4 @@
-"""The paper's models by the names of their configs, with their published weights; used like detectron2.model_zoo."""
+"""The paper's models and published weights by config name; used like detectron2.model_zoo."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from .checkpoint import KMaXCheckpointer, load_weights
-from .engine.setup import choose_device, config_file, load_config, prepare_datasets
+from .checkpoint import KMaXCheckpointer
+from .engine.setup import config_file, load_config, load_model, ready_config
 from .errors import UserError, did_you_mean
 
 # The official repository's archives of TensorFlow checkpoints.
@@ -38,56 +38,59 @@ def _relative(name: str) -> str:
 
 
 def get_config_file(name: str) -> str:
-    """The path of a config, such as that of "coco/r50". Raises UserError for a name that the project does not have."""
+    """Returns the path of a config, such as that of "coco/r50". Raises UserError for an unknown name."""
     return str(config_file(name))
 
 
 def has_weights(name: str) -> bool:
-    """Whether weights of a model are published."""
+    """Returns whether weights for a model are published."""
     return _relative(name) in _ARCHIVES
 
 
 def get_checkpoint_url(name: str) -> str:
-    """The address of a model's published weights. Raises UserError for an unknown model and for one without any."""
+    """Returns the URL of a model's published weights. Raises UserError if the model is unknown or has none."""
     relative = _relative(name)
     if not has_weights(name):
-        get_config_file(name)  # an unknown name is another error
+        get_config_file(name)  # an unknown name is a different error
         raise UserError(
             f"no weights of {name} are published{did_you_mean(relative, _ARCHIVES)} "
-            f"There are those of {', '.join(sorted(_ARCHIVES))}"
+            f"Weights exist for {', '.join(sorted(_ARCHIVES))}"
         )
     return f"{ADDRESS}/{_ARCHIVES[relative]}.tar.gz"
 
 
 def get_config(name: str, trained: bool = False) -> CfgNode:
-    """The config of a model.
+    """Returns the config of a model as it is written.
 
     Args:
         name: such as "coco/r50".
-        trained: whether MODEL.WEIGHTS is to be the published weights; else it is what training starts from.
+        trained: whether MODEL.WEIGHTS names the published weights; else it names those that training starts from.
+
+    Raises:
+        UserError: the model is unknown or has no published weights.
     """
-    cfg = load_config(get_config_file(name))
-    if trained:
-        cfg.MODEL.WEIGHTS = get_checkpoint_url(name)
-    return cfg
+    return load_config(get_config_file(name), _trained(name) if trained else ())
 
 
 def get(name: str, trained: bool = False, device: str | None = None) -> nn.Module:
-    """A model with weights, in training mode as Detectron2's models come.
+    """Builds a model and loads its weights; like all Detectron2 models, it comes in training mode.
 
     Args:
         name: such as "coco/r50".
-        trained: whether it has its published weights, downloaded once; else those that training starts from.
-        device: such as "cpu"; None takes the GPU if there is one.
+        trained: whether to load the published weights, downloaded once; else those that training starts from.
+        device: such as "cpu"; None uses a GPU if there is one.
+
+    Raises:
+        UserError: the model is unknown, or its weights cannot be downloaded.
     """
-    cfg = get_config(name, trained)
-    if device is not None:
-        cfg.MODEL.DEVICE = device
-    prepare_datasets(cfg)
-    choose_device(cfg)
-    model = build_model(cfg)
+    options = _trained(name) if trained else []
+    cfg = ready_config(name, options if device is None else [*options, "MODEL.DEVICE", device])
     if trained:
-        load_weights(model, cfg.MODEL.WEIGHTS)
-    else:
-        KMaXCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+        return load_model(cfg)
+    model = build_model(cfg)
+    KMaXCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     return model
+
+
+def _trained(name: str) -> list[str]:
+    return ["MODEL.WEIGHTS", get_checkpoint_url(name)]

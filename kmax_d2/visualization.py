@@ -1,4 +1,4 @@
-"""Pictures: panoptic overlays, and which cluster each pixel is assigned to (the paper's Figure 4)."""
+"""Pictures: panoptic overlays, and the cluster that each pixel is assigned to (as in Figure 4 of the paper)."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 import torch
-from detectron2.utils.visualizer import Visualizer
+from detectron2.data import Metadata
+from detectron2.utils.visualizer import VisImage, Visualizer
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 from .data.mapper import PanopticTestMapper, read_image, read_segments
 
-SHORT_SIDE = 384  # pixels that a picture has at least, so that its labels can be read
-LONG_SIDE = 4096  # pixels that a picture is not enlarged beyond
+SHORT_SIDE = 384  # smaller pictures are enlarged to at least this many pixels, so that labels are readable
+LONG_SIDE = 4096  # but not beyond this
 
 
 class _SteadyVisualizer(Visualizer):
-    """Detectron2's visualizer, but instances have the same shades in every run, and labels can be read."""
+    """Detectron2's visualizer with readable labels, and with the same shades of instances in every run."""
 
-    def __init__(self, image: np.ndarray, metadata):
+    def __init__(self, image: np.ndarray, metadata: Metadata):
         super().__init__(image, metadata)
         self._seen: Counter = Counter()
 
     def _jitter(self, color: Sequence[float]) -> tuple[float, float, float]:
-        """The color itself for the first instance, then darker, lighter and slightly turned ones in turn."""
+        """Keeps the color for the first instance, then alternates between darker and lighter, slightly turned ones."""
         number = self._seen[tuple(color)]
         self._seen[tuple(color)] += 1
         hue, lightness, saturation = colorsys.rgb_to_hls(*color)
@@ -37,13 +38,13 @@ class _SteadyVisualizer(Visualizer):
         return colorsys.hls_to_rgb((hue + 0.03 * step) % 1, lightness, saturation)
 
     def _draw_text_in_mask(self, binary_mask: np.ndarray, text: str, color: Sequence[float]) -> None:
-        """Writes where the border of the mask (H, W) and that of the image are farthest, not at the median pixel."""
+        """Writes at the point of a mask (H, W) farthest from its border: the median pixel may lie outside."""
         depth = cv2.distanceTransform(np.pad(binary_mask.astype(np.uint8), 1), cv2.DIST_L2, 3)
         y, x = np.unravel_index(np.argmax(depth), depth.shape)
-        self.draw_text(text, (x, y), color=color)
+        self.draw_text(text, (float(x), float(y)), color=color)
 
-    def draw_text(self, text: str, position: Sequence[float], **options):
-        """Writes, and moves what would leave the image back into it."""
+    def draw_text(self, text: str, position: Sequence[float], **options) -> VisImage:
+        """Writes, and moves labels that would leave the image back into it."""
         output = super().draw_text(text, position, **options)
         label = output.ax.texts[-1]
         box = label.get_window_extent(output.canvas.get_renderer()).padded(2)
@@ -53,49 +54,48 @@ class _SteadyVisualizer(Visualizer):
         return output
 
 
-def _enlargement(height: int, width: int) -> int:
-    """The whole factor that brings a small picture to a size at which labels can be read."""
-    return max(1, min(-(-SHORT_SIDE // min(height, width)), LONG_SIDE // max(height, width)))
+def _enlarge(picture: np.ndarray, interpolation: int) -> np.ndarray:
+    """Scales a picture (H, W, ...) by the integer factor at which labels are readable."""
+    height, width = picture.shape[:2]
+    factor = max(1, min(-(-SHORT_SIDE // min(height, width)), LONG_SIDE // max(height, width)))
+    return cv2.resize(picture, (factor * width, factor * height), interpolation=interpolation)
 
 
 def enlarged(image: np.ndarray) -> np.ndarray:
-    """An image (H, W, 3) in the size that :func:`draw_panoptic` gives it."""
-    height, width = image.shape[:2]
-    factor = _enlargement(height, width)
-    return np.asarray(Image.fromarray(image).resize((width * factor, height * factor), Image.Resampling.BICUBIC))
+    """Returns an image (H, W, 3) at the size that :func:`draw_panoptic` gives it."""
+    return _enlarge(image, cv2.INTER_CUBIC)
 
 
 def draw_panoptic(
-    image: np.ndarray, segment_ids: torch.Tensor | np.ndarray, segments: list[dict], metadata
+    image: np.ndarray, segment_ids: torch.Tensor | np.ndarray, segments: list[dict], metadata: Metadata
 ) -> np.ndarray:
-    """Overlays a segmentation and its labels.
+    """Draws a segmentation and its labels over an image.
 
     Args:
         image: (H, W, 3) uint8, RGB.
         segment_ids: (H, W), 0 for void.
-        segments: a dict for each segment: "id", "category_id" (contiguous), "isthing" and perhaps "score".
+        segments: for each segment a dict with "id", "category_id" (contiguous), "isthing", and optionally "score".
         metadata: the dataset's, with class names and colors.
 
     Returns:
-        (f H, f W, 3) uint8, RGB; f is 1 for all but small images.
+        (f H, f W, 3) uint8, RGB; the integer f is 1 except for small images.
     """
-    factor = _enlargement(*image.shape[:2])
-    ids = torch.as_tensor(segment_ids).detach().cpu().to(torch.int64)
-    ids = ids.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
+    ids = _enlarge(torch.as_tensor(segment_ids).cpu().numpy().astype(np.int32), cv2.INTER_NEAREST)
+    copies = [dict(segment) for segment in segments]  # Detectron2 changes them
     visualizer = _SteadyVisualizer(enlarged(image), metadata)
-    # Detectron2 writes into the dicts.
-    return visualizer.draw_panoptic_seg(ids, [dict(segment) for segment in segments], alpha=0.6).get_image()
+    return visualizer.draw_panoptic_seg(torch.from_numpy(ids), copies, alpha=0.6).get_image()
 
 
 @functools.cache
 def cluster_palette(num_clusters: int) -> np.ndarray:
-    """Colors (N, 3), uint8, RGB, each as far as can be from those before it (in CIELAB)."""
+    """Returns colors (N, 3), uint8, RGB, each as far as possible from those before it (in CIELAB)."""
     levels = np.arange(0, 256, 15, dtype=np.uint8)
     candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
     lab = cv2.cvtColor(candidates[None].astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[0]
-    vivid = (lab[:, 0] > 45) & (lab[:, 0] < 93) & (np.hypot(lab[:, 1], lab[:, 2]) > 25)
-    candidates, lab = candidates[vivid], lab[vivid]
-    chosen = [int(np.argmax(np.hypot(lab[:, 1], lab[:, 2])))]
+    chroma = np.hypot(lab[:, 1], lab[:, 2])
+    vivid = (lab[:, 0] > 45) & (lab[:, 0] < 93) & (chroma > 25)
+    candidates, lab, chroma = candidates[vivid], lab[vivid], chroma[vivid]
+    chosen = [int(np.argmax(chroma))]
     distance = np.full(len(lab), np.inf)
     while len(chosen) < num_clusters:
         distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
@@ -103,13 +103,12 @@ def cluster_palette(num_clusters: int) -> np.ndarray:
     return candidates[chosen]
 
 
-def draw_assignment(image: np.ndarray, assignment: np.ndarray, num_clusters: int) -> np.ndarray:
-    """Colors every pixel by its cluster, over a faint image.
+def draw_assignment(image: np.ndarray, assignment: np.ndarray) -> np.ndarray:
+    """Colors every pixel by its cluster, with the cluster's color of :func:`cluster_palette`, over a faint image.
 
     Args:
         image: (H, W, 3) uint8, RGB.
-        assignment: (h, w) integers, the cluster of each position; the first and last positions are at the borders.
-        num_clusters: N.
+        assignment: (h, w), the cluster index at each position; the outermost positions lie on the image border.
 
     Returns:
         (H, W, 3) uint8, RGB.
@@ -118,13 +117,13 @@ def draw_assignment(image: np.ndarray, assignment: np.ndarray, num_clusters: int
         np.rint(np.linspace(0, positions - 1, pixels)).astype(np.int64)
         for positions, pixels in zip(assignment.shape, image.shape[:2], strict=True)
     )
-    colors = cluster_palette(num_clusters)[assignment[rows[:, None], columns]]
-    grey = image.mean(axis=2, keepdims=True)
-    return np.rint(0.75 * colors + 0.25 * grey).astype(np.uint8)
+    colors = cluster_palette(int(assignment.max()) + 1)[assignment[rows[:, None], columns]]
+    gray = image.mean(axis=2, keepdims=True)
+    return np.rint(0.75 * colors + 0.25 * gray).astype(np.uint8)
 
 
 def assignments(model: nn.Module, image: torch.Tensor) -> list[np.ndarray]:
-    """The nearest cluster center of each position, as each decoder in turn and then the final predictor sees it.
+    """Returns the nearest cluster center of each position, for each decoder in turn and then the final predictor.
 
     Args:
         model: a :class:`~kmax_d2.modeling.kmax_deeplab.KMaXDeepLab`.
@@ -133,19 +132,19 @@ def assignments(model: nn.Module, image: torch.Tensor) -> list[np.ndarray]:
     Returns:
         maps (h, w) of cluster indices, each at its own stride.
     """
-    result = model.predict(image[None], auxiliary=True)
+    result = model.predict(image[None], auxiliary=True)  # type: ignore[operator]
     predictions = [*result["auxiliary"], result]
     return [prediction["mask_logits"][0].argmax(0).cpu().numpy() for prediction in predictions]
 
 
 def page(panels: list[list[tuple[str, np.ndarray]]]) -> np.ndarray:
-    """A grid of titled pictures, (H, W, 3) uint8, RGB, in rows, all brought to one size, on white; again RGB."""
+    """Arranges titled pictures (H, W, 3), uint8, RGB, row by row on a white page, all at one size; returns the same."""
     images = [image for row in panels for _, image in row]
     width, height = max(image.shape[1] for image in images), max(image.shape[0] for image in images)
     gap = text_size = max(14, round(0.045 * min(height, width)))
     line, columns = round(1.7 * text_size), max(len(row) for row in panels)
     sheet = Image.new("RGB", (columns * (width + gap) + gap, len(panels) * (height + line + gap) + gap), "white")
-    draw, font = ImageDraw.Draw(sheet), _font(text_size)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(text_size)
     for row, y in zip(panels, range(gap, sheet.height, height + line + gap), strict=False):
         for (title, image), x in zip(row, range(gap, sheet.width, width + gap), strict=False):
             draw.text((x, y), title, fill="black", font=font)
@@ -155,24 +154,17 @@ def page(panels: list[list[tuple[str, np.ndarray]]]) -> np.ndarray:
     return np.asarray(sheet)
 
 
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    try:
-        return ImageFont.load_default(size)
-    except TypeError:  # Pillow before 10.1 has one size only
-        return ImageFont.load_default()
-
-
 @torch.no_grad()
-def result_page(model: nn.Module, record: dict, metadata) -> np.ndarray:
-    """One image: itself, the ground truth if there is one, the prediction, and each decoder's clusters.
+def result_page(model: nn.Module, record: dict, metadata: Metadata) -> np.ndarray:
+    """Draws one image: the input, its ground truth if there is any, the prediction, and the clusters of each decoder.
 
     Args:
-        model: a :class:`~kmax_d2.modeling.kmax_deeplab.KMaXDeepLab`.
-        record: a dataset's record, or the test mapper's; of the former, "file_name" is enough.
+        model: a :class:`~kmax_d2.modeling.kmax_deeplab.KMaXDeepLab`; its mode does not change.
+        record: from the dataset or the test mapper; for the former, "file_name" is enough.
         metadata: the dataset's, with class names and colors.
 
     Returns:
-        (H, W, 3) uint8, RGB: a :func:`page` of three columns.
+        (H, W, 3) uint8, RGB: a :func:`page` with three columns.
     """
     if "image" not in record:
         record = PanopticTestMapper(size=model.test_size)(record)
@@ -191,19 +183,17 @@ def result_page(model: nn.Module, record: dict, metadata) -> np.ndarray:
         panels.append(("ground truth", draw_panoptic(image, true_ids, truth, metadata)))
     panels.append(("prediction", draw_panoptic(image, segment_ids, segments, metadata)))
 
-    pixels = record["image"].flip(0) if model.input_format == "BGR" else record["image"]
-    *decoders, final = assignments(model, pixels)
-    num_clusters = model.transformer_decoder.centers.shape[0]
-    titled = [(f"decoder {number}", assignment) for number, assignment in enumerate(decoders, start=1)]
+    *decoders, final = assignments(model, record["image"])
+    clusters = [(f"decoder {number}", assignment) for number, assignment in enumerate(decoders, start=1)]
     if len(panels) < 3:
-        titled.insert(0, ("final clusters", final))
-    for title, assignment in titled:
-        title = f"{title} (stride {_stride(pixels.shape[-2:], assignment.shape)})"
-        panels.append((title, draw_assignment(enlarged(image), assignment, num_clusters)))
+        clusters.insert(0, ("final clusters", final))
+    for title, assignment in clusters:
+        title = f"{title} (stride {_stride(record['image'].shape[-2:], assignment.shape)})"
+        panels.append((title, draw_assignment(enlarged(image), assignment)))
     return page([panels[start : start + 3] for start in range(0, len(panels), 3)])
 
 
 def _stride(size: Sequence[int], map_size: Sequence[int]) -> int:
-    """The power of two between positions of a map (h, w) whose first one is at the first pixel of an image (H, W)."""
+    """Returns the power of two between positions of a map (h, w) that starts at the first pixel of an image (H, W)."""
     pixels, positions = max(zip(size, map_size, strict=True))
     return 1 << (max(1, (pixels - 1) // max(1, positions - 1)).bit_length() - 1)

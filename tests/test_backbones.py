@@ -6,13 +6,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from detectron2.modeling import build_backbone
+from kmax_d2.modeling.bottleneck import Bottleneck
 from torch import nn
 
 from kmax_d2.engine import load_config
 from kmax_d2.errors import UserError
 from kmax_d2.modeling.axial_attention import AxialBlock
 from kmax_d2.modeling.backbones import KMaXConvNeXt, KMaXMaXS
-from kmax_d2.modeling.bottleneck import Bottleneck
 
 
 def small_max_s(**options):

@@ -1,35 +1,24 @@
-"""The benchmark's rows, its made-up prediction and its command line."""
+"""The benchmark's rows, its made-up prediction, and its command line."""
 
 import json
-import subprocess
+import multiprocessing
 import sys
 
 import pytest
 import torch
-from PIL import Image
 
-from kmax_d2.data.datasets import shapes
 from kmax_d2.errors import UserError
-from kmax_d2.tools.benchmark import (
-    Stopwatch,
-    _with_rest,
-    argument_parser,
-    benchmark,
-    made_up_prediction,
-    peak_bytes,
-    plot,
-    prepare,
-)
+from kmax_d2.tools import benchmark
+from kmax_d2.tools.made_up import MadeUpMerging, made_up_prediction
 
-
-def run(mode, *more):
-    line = [mode, "--config-file", "shapes/quickstart", "--size", "65", "97", "--device", "cpu", "--threads", "1"]
-    line += ["--repeats", "2", "--no-memory", *more]
-    args = argument_parser().parse_intermixed_args(line)
-    return {row.name: row for row in benchmark(prepare(args), args)}
-
-
+LINE = ["--config-file", "shapes/quickstart", "--size", "65", "97", "--device", "cpu", "--threads", "1"]
+LINE += ["--repeats", "2", "--no-memory", "--json"]
 AXIAL = "pixel_decoder.axial_attention"
+
+
+def rows(capsys, *argv):
+    benchmark.main([*argv, *LINE])
+    return {row["name"]: row for row in json.loads(capsys.readouterr().out)}
 
 
 @pytest.mark.parametrize(
@@ -40,123 +29,96 @@ AXIAL = "pixel_decoder.axial_attention"
         ("merging", set()),
     ],
 )
-def test_rows(mode, stages):
-    rows = run(mode)
-    assert set(rows) == stages | {"ResNet-50 body", "total"}
-    for row in rows.values():
-        assert row.seconds > 0
-        assert row.ratio == pytest.approx(row.seconds / rows["ResNet-50 body"].seconds)
-    parts = sum(rows[name].seconds for name in stages - {AXIAL})
-    assert parts <= 1.3 * rows["total"].seconds
-    if mode == "inference":
-        assert parts == pytest.approx(rows["total"].seconds, rel=0.3)
-        assert rows[AXIAL].seconds < rows["pixel_decoder"].seconds
+def test_rows(capsys, mode, stages):
+    found = rows(capsys, mode)
+    assert set(found) == stages | {"ResNet-50 body", "total"}
+    for row in found.values():
+        assert list(row) == ["name", "seconds", "spread", "baseline_seconds", "ratio", "peak_bytes"]
+        assert row["baseline_seconds"] == found["ResNet-50 body"]["seconds"] > 0
+        assert row["ratio"] == pytest.approx(row["seconds"] / row["baseline_seconds"])
+        assert row["peak_bytes"] is None
+    assert all(found[name]["seconds"] > 0 for name in stages - {"backward", "kmax_decoders"} | {"total"})
 
 
-def test_mapper_against_detectron2s():
-    assert set(run("mapper")) == {"plain Detectron2 mapper", "total"}
-
-
-def test_mapper_of_own_data(tmp_path):
-    shapes.write_split(tmp_path, "val", 2, 5)
-    data = [str(tmp_path / name) for name in ("val", "panoptic_val", "panoptic_val.json")]
-    line = ["mapper", "--config-file", "coco/r50", "--size", "65", "97", "--device", "cpu", "--threads", "1"]
-    args = argument_parser().parse_intermixed_args([*line, "--repeats", "2", "--train-data", *data])
-    rows = benchmark(prepare(args), args)
-    assert [row.name for row in rows] == ["plain Detectron2 mapper", "total"]
-    assert all(row.peak_bytes > 0 for row in rows)
-
-
-def test_bfloat16():
-    assert run("inference", "--precision", "bfloat16")["total"].seconds > 0
+def test_stages_repeat_what_the_model_computes():
+    """Each with the inputs, the precision, and so the results that it has in a whole run."""
+    args = benchmark.PARSER.parse(["inference", *LINE, "--precision", "bfloat16"])
+    benchmark.prepare(args)
+    seen = []
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, _, out: seen.append((module, out)))
+    try:
+        task = benchmark.build_task(args, stages=True)
+        first, seen[:] = [pair for pair in seen if type(pair[0]).__name__ == "AxialAttention1D"], []
+        task[AXIAL]()
+    finally:
+        hook.remove()
+    again = [pair for pair in seen if type(pair[0]).__name__ == "AxialAttention1D"]
+    assert len(again) == len(first) > 0
+    for (module, out), (same, expected) in zip(again, first, strict=True):
+        assert module is same
+        assert out.dtype == torch.bfloat16
+        assert torch.equal(out, expected)
 
 
 def test_made_up_prediction_is_a_dozen_confident_masks():
-    shapes = torch.Size((1, 20, 6)), torch.Size((1, 20, 17, 25))
-    class_logits, mask_logits = made_up_prediction(*shapes, torch.device("cpu"))
-    says_something = class_logits[0].softmax(1)[:, :-1].amax(1) > 0.9
-    assert says_something.sum() == 12
-    owners = mask_logits[0].softmax(0).amax(0)
-    assert (owners > 0.9).float().mean() > 0.9
+    class_logits, mask_logits = made_up_prediction((20, 6), (20, 17, 25), torch.device("cpu"))
+    confident = class_logits.softmax(1)[:, :-1].amax(1) > 0.9
+    assert confident.sum() == 12
+    owner = mask_logits.softmax(0)
+    assert (owner.amax(0) > 0.9).float().mean() > 0.9
+    assert set(owner.argmax(0).unique().tolist()) == set(confident.nonzero()[:, 0].tolist())
 
 
-class _Task:
-    """A module-level builder, as a fresh process needs it."""
+def test_merging_gets_the_made_up_prediction():
+    got = []
+    merging = MadeUpMerging(lambda *inputs: got.append(inputs))
+    for _ in range(2):
+        merging(torch.zeros(20, 6), torch.zeros(20, 17, 25), (65, 97))
+    assert got[0][2] == (65, 97)
+    assert got[0][0].shape == (20, 6) and got[0][1].shape == (20, 17, 25)
+    assert all(torch.equal(first, second) for first, second in zip(got[0][:2], got[1][:2], strict=True))
+    assert (got[0][0].softmax(1)[:, :-1] > 0.9).any()
 
-    def __init__(self, megabytes):
-        self.megabytes = megabytes
 
-    def __call__(self, cfg, args, watch):
-        return lambda: torch.ones(self.megabytes, 2**18)
+def _allocate(args, stages):
+    """At module level, as a fresh process needs it."""
+    return {"total": lambda: torch.ones(100, 2**18)}
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells")
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no getrusage")
 def test_peak_is_that_of_the_task_alone():
-    args = argument_parser().parse_intermixed_args(["inference", "--config-file", "", "--device", "cpu"])
+    args = benchmark.PARSER.parse(["inference", *LINE])
     ballast = torch.ones(300, 2**18)  # in this process, which must not count
-    assert peak_bytes(_Task(100), None, args) == pytest.approx(100 * 2**20, rel=0.2)
+    with multiprocessing.get_context("forkserver").Pool(1) as fresh_process:
+        peak = fresh_process.apply(benchmark.peak_bytes, (_allocate, args))
+    assert peak == pytest.approx(100 * 2**20, rel=0.2)
     assert ballast[0, 0] == 1
 
 
-def test_stopwatch_adds_up_what_runs_twice():
-    watch = Stopwatch("cpu")
-    twice = watch.timed("stage", lambda: sum(range(10000)))
-    twice()
-    once = watch.read()["stage"]
-    twice(), twice()
-    assert once > 0
-    assert watch.read()["stage"] > once
-    assert watch.read() == {}
-
-
-def test_json():
-    command = [sys.executable, "-m", "kmax_d2.tools.benchmark", "merging", "--config-file", "shapes/quickstart"]
-    command += ["--size", "65", "65", "--device", "cpu", "--json", "--no-memory", "--repeats", "1", "--threads", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    rows = json.loads(done.stdout)
-    assert set(rows[0]) == {"name", "seconds", "spread", "yardstick_seconds", "ratio", "peak_bytes"}
-
-
-def test_stages_add_up():
-    """Exactly; a stage within another one, which its name tells, counts once."""
-    seconds = {"backbone": 3.0, "backbone.axial_attention": 1.0, "pixel_decoder": 2.0, AXIAL: 0.5}
-    seconds |= {"transformer_decoder": 1.5, "final_predictor": 0.25, "total": 7.0, "ResNet-50 body": 2.0}
-    parts = _with_rest(seconds, "inference")
-    assert parts["kmax_decoders"] == 1.25
-    assert parts["merging"] == 0.5
-    stages = {name: value for name, value in parts.items() if name not in ("total", "ResNet-50 body")}
-    assert sum(value for name, value in stages.items() if "." not in name) == parts["total"]
+@pytest.mark.parametrize(
+    ("words", "mode"),
+    [
+        ([], ""),
+        (["--compile"], "default"),
+        (["--compile", "max-autotune"], "max-autotune"),
+        (["MODEL.KMAX.COMPILE", "default"], "default"),
+    ],
+)
+def test_compile(words, mode):
+    args = benchmark.PARSER.parse(["inference", *LINE, *words])
+    assert benchmark.prepare(args).MODEL.KMAX.COMPILE == ""  # not before the stages' inputs are known
+    assert args.compile == mode
 
 
 @pytest.mark.parametrize(
-    ("words", "mode"), [([], ""), (["--compile"], "default"), (["--compile", "max-autotune"], "max-autotune")]
+    ("words", "message"),
+    [
+        (["--threads", "0"], "--threads must be at least 1"),
+        (["--batch-size", "0"], "must be at least 1"),
+        (["--precision", "bfloat15"], r"is bfloat15.*did you mean bfloat16\?"),
+        (["--compile", "defualt"], r"is defualt.*did you mean default\?"),
+    ],
 )
-def test_compile(words, mode):
-    line = ["inference", "--config-file", "shapes/quickstart", "--device", "cpu", *words]
-    option = prepare(argument_parser().parse_intermixed_args(line)).MODEL.KMAX.COMPILE
-    assert option == mode
-
-
-def test_plot(tmp_path, capsys):
-    """Every point is told of as it is measured, and the picture has its panels."""
-    line = ["inference", "--config-file", "shapes/quickstart", "--device", "cpu", "--threads", "1", "--repeats", "1"]
-    line += ["--size", "33", "33", "--sides", "33", "65", "--queries", "4", "8", "16", "--no-memory"]
-    args = argument_parser().parse_intermixed_args([*line, "--plot", str(tmp_path / "growth.png")])
-    plot(prepare(args), args)
-    told = capsys.readouterr().err.splitlines()
-    assert [text.partition(":")[0] for text in told] == [
-        "sides 33, 1 of 2",
-        "sides 65, 2 of 2",
-        "queries 4, 1 of 3",
-        "queries 8, 2 of 3",
-        "queries 16, 3 of 3",
-    ]
-    with Image.open(args.plot) as picture:
-        assert picture.width > 2 * picture.height  # three panels beside each other
-
-
-def test_no_threads_at_all():
-    args = argument_parser().parse_intermixed_args(["inference", "--config-file", "shapes/quickstart"])
-    args.threads = 0
-    with pytest.raises(UserError, match="at least 1"):
-        prepare(args)
+def test_bad_arguments(words, message):
+    with pytest.raises(UserError, match=message):
+        benchmark.main(["inference", *LINE, *words])

@@ -80,7 +80,7 @@ def smaller_png(folder):
     file = folder / "panoptic_val/0001.png"
     colors = np.asarray(Image.open(file))
     Image.fromarray(colors[:-1]).save(file)
-    # Areas are told anew, so that the size alone is wrong.
+    # With the new areas, only the size is wrong.
     areas = {segment["id"]: segment["area"] for segment in describe(rgb2id(colors[:-1]))}
     rewrite(folder, lambda c: [s.update(area=areas[s["id"]]) for s in c["annotations"][1]["segments_info"]])
 
@@ -198,24 +198,26 @@ def test_fault_is_found_counted_and_named(folder, capsys, fault):
     spoil, expected, line = FAULTS[fault]
     spoil(folder)
     assert run(folder, "--samples", "0") == 1
-    told = capsys.readouterr().out.split("has faults:")[1]
-    counts = dict(row.split(": ") for row in told.strip().splitlines() if not row.startswith(" "))
+    output = capsys.readouterr().out.split("has faults:")[1]
+    counts = dict(row.split(": ") for row in output.strip().splitlines() if not row.startswith(" "))
     if fault in ("no segment", "category without kind"):  # the pixels and segments of these are left over
         assert expected.items() <= {kind: int(count) for kind, count in counts.items()}.items()
     else:
         assert counts == {kind: str(count) for kind, count in expected.items()}
-    assert line in told
+    assert line in output
 
 
 def test_sound_dataset(folder, capsys):
     assert run(folder, "--samples", "2") == 0
-    told = capsys.readouterr().out
-    assert "panoptic_val is sound" in told
+    output = capsys.readouterr().out
+    assert "panoptic_val is sound" in output
     content = json.loads((folder / "panoptic_val.json").read_text())
     segments = [segment for annotation in content["annotations"] for segment in annotation["segments_info"]]
-    assert f"panoptic_val: 3 images, {len(segments)} segments" in told
+    assert f"panoptic_val: 3 images, {len(segments)} segments" in output
     pixels = sum(image["height"] * image["width"] for image in content["images"])
-    rows = {row.split("|")[2].strip(): row for row in told.splitlines() if row.startswith("|") and row.count("|") == 9}
+    rows = {
+        row.split("|")[2].strip(): row for row in output.splitlines() if row.startswith("|") and row.count("|") == 9
+    }
     for category in shapes.CATEGORIES:
         areas = [segment["area"] for segment in segments if segment["category_id"] == category["id"]]
         _, kind, _, count, crowds, share, median = (cell.strip() for cell in rows[category["name"]].split("|")[2:-1])
@@ -229,10 +231,10 @@ def test_sound_dataset(folder, capsys):
 def test_examples_are_few_and_the_rest_is_counted(folder, capsys):
     rewrite(folder, lambda content: [annotation.update(segments_info=[]) for annotation in content["annotations"]])
     assert run(folder, "--samples", "0", "--examples", "2") == 1
-    told = capsys.readouterr().out
-    assert "empty image: 3" in told
-    assert told.count("has no segment") == 2
-    assert "  and 1 more" in told
+    output = capsys.readouterr().out
+    assert "empty image: 3" in output
+    assert output.count("has no segment") == 2
+    assert "  and 1 more" in output
 
 
 def test_pages_follow_from_the_seed(folder):
@@ -255,7 +257,7 @@ def test_json_that_cannot_be_read_is_one_line(folder):
     [
         ([], "give either the names"),
         (["shapes_val", "--config-file", "shapes/quickstart"], "give either the names"),
-        (["--images", "a"], "all of --images, --panoptic and --json"),
+        (["--images", "a"], "all of --images, --panoptic, --json"),
         (["shapes_vla"], r"no dataset shapes_vla is registered - did you mean shapes_val\?"),
         (["coco_2017_val_panoptic"], r"panoptic_val2017\.json.*DETECTRON2_DATASETS"),
     ],

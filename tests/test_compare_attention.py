@@ -20,16 +20,7 @@ def test_it_trains_both_draws_and_does_nothing_twice(tmp_path, shapes_cache):
     parts = {name: value for name, value in SMALL_MODEL.items() if name.startswith("MODEL.KMAX")}
     opts = [part for pair in parts.items() for part in pair]
     opts += ["INPUT.CROP_SIZE", [65, 65], "SOLVER.MAX_ITER", 5, "TEST.EVAL_PERIOD", 2]
-    command = [
-        sys.executable,
-        "-m",
-        "kmax_d2.tools.compare_attention",
-        "--output",
-        str(tmp_path),
-        "--seeds",
-        "1",
-        *opts,
-    ]
+    command = [sys.executable, "-m", "kmax_d2.tools.compare_attention", "--output", tmp_path, "--seeds", 1, *opts]
     environment = os.environ | {"KMAX_D2_CACHE": str(shapes_cache), "OMP_NUM_THREADS": "1"}
 
     def run():

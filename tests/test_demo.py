@@ -1,12 +1,11 @@
 """The demo as a user runs it: images in, overlays out, every fault named."""
 
-import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
+import programs
 import published
 import pytest
 import torch
@@ -17,10 +16,11 @@ from small import options
 from kmax_d2 import model_zoo
 from kmax_d2.data.datasets import shapes
 from kmax_d2.data.mapper import read_image
-from kmax_d2.engine.setup import choose_device, load_config, prepare_datasets
+from kmax_d2.engine import ready_config
+from kmax_d2.engine.setup import dataset_metadata
 from kmax_d2.errors import UserError
+from kmax_d2.images import find_images
 
-DEMO = Path(__file__).parents[1] / "demo" / "demo.py"
 # A random model's classes are not confident; of two masks one is always above the pixel threshold.
 SURE = options(
     MODEL__KMAX__TRANSFORMER_DECODER__NUM_QUERIES=2,
@@ -34,18 +34,13 @@ SURE = options(
 
 @pytest.fixture(scope="module")
 def demo():
-    spec = importlib.util.spec_from_file_location("demo", DEMO)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return programs.load(programs.DEMO)
 
 
 @pytest.fixture
 def weights(tmp_path):
-    cfg = load_config("shapes/quickstart", SURE)
-    prepare_datasets(cfg)
-    choose_device(cfg)
-    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "random.pth")
+    model = build_model(ready_config("shapes/quickstart", SURE))
+    torch.save({"model": model.state_dict()}, tmp_path / "random.pth")
     return str(tmp_path / "random.pth")
 
 
@@ -59,15 +54,15 @@ def picture(height=64, width=96):
 def test_good_and_bad_images(tmp_path, weights):
     folder = tmp_path / "in"
     folder.mkdir()
-    picture().convert("L").save(folder / "grey.jpg")
+    picture().convert("L").save(folder / "gray.jpg")
     exif = Image.Exif()
     exif[274] = 6  # to be turned by a quarter clockwise
     picture().save(folder / "turned.jpg", exif=exif)
     picture().convert("RGBA").save(folder / "turned.png")
-    (folder / "cut.jpg").write_bytes((folder / "grey.jpg").read_bytes()[:400])
+    (folder / "cut.jpg").write_bytes((folder / "gray.jpg").read_bytes()[:400])
     (folder / "text.txt").write_text("no image")
     missing = tmp_path / "missing.jpg"
-    command = [sys.executable, str(DEMO), "--input", str(folder), str(missing), str(folder / "turned.*")]
+    command = [sys.executable, str(programs.DEMO), "--input", str(folder), str(missing), str(folder / "turned.*")]
     command += ["--output", str(tmp_path / "out"), "--config-file", "shapes/quickstart", "--weights", weights]
     command += ["--assignments", "--opts", *map(str, SURE)]
     environment = os.environ | {"KMAX_D2_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
@@ -80,15 +75,15 @@ def test_good_and_bad_images(tmp_path, weights):
     *summaries, last = done.stdout.splitlines()
     assert last == f"3 of 5 images written to {tmp_path / 'out'}"
     assert len(summaries) == 3
-    for line, name in zip(summaries, ("grey.jpg", "turned.jpg", "turned.png"), strict=True):
+    for line, name in zip(summaries, ("gray.jpg", "turned.jpg", "turned.png"), strict=True):
         assert line.startswith(f"{folder / name} -> {tmp_path / 'out'}")
         assert any(f"1 {category['name']}" in line for category in shapes.CATEGORIES)
 
     written = {file.name for file in (tmp_path / "out").iterdir()}
-    stems = ("grey", "turned", "turned-2")
+    stems = ("gray", "turned", "turned-2")
     assert written == {stem + ending for stem in stems for ending in (".png", "_assignments.png")}
     sizes = {stem: Image.open(tmp_path / "out" / f"{stem}.png").size for stem in stems}
-    assert sizes == {"grey": (576, 384), "turned": (384, 576), "turned-2": (576, 384)}
+    assert sizes == {"gray": (576, 384), "turned": (384, 576), "turned-2": (576, 384)}
     # In the page's first panel, the input, red has become the upper half.
     page = np.asarray(Image.open(tmp_path / "out" / "turned_assignments.png"))
     assert np.allclose(page[150, 150], (255, 0, 0), atol=3) and np.allclose(page[500, 150], (0, 0, 255), atol=3)
@@ -112,7 +107,7 @@ def test_options(demo, tmp_path, opts, message):
 
 def test_without_the_quickstarts_weights(demo, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "QUICKSTART_WEIGHTS", (tmp_path / "first.pth", tmp_path / "second.pth"))
-    args = demo.parse_args(["--input", "image.png", "--config-file", "shapes/quickstart"])
+    args = demo.PARSER.parse(["--input", "image.png", "--config-file", "shapes/quickstart"])
     with pytest.raises(UserError, match=r"make quickstart.*--config-file"):
         demo.setup(args)
     for name in ("second.pth", "first.pth"):
@@ -148,7 +143,7 @@ def test_the_quickstarts_model_where_the_published_cannot_be_had(demo, zoo, tmp_
 
 def test_which_weights_are_taken(demo, tmp_path):
     def weights(*arguments):
-        return demo.setup(demo.parse_args(["--input", "x.jpg", *arguments])).MODEL.WEIGHTS
+        return demo.setup(demo.PARSER.parse(["--input", "x.jpg", *arguments])).MODEL.WEIGHTS
 
     published = model_zoo.get_checkpoint_url("coco/r50")
     assert weights() == weights("--config-file", "configs/coco/r50.yaml") == published
@@ -160,22 +155,22 @@ def test_which_weights_are_taken(demo, tmp_path):
 
 
 def test_coco_needs_no_files_of_the_dataset(demo):
-    cfg = demo.setup(demo.parse_args(["--input", "x.jpg", "--config-file", "coco/r50", "--weights", "x.pth"]))
+    cfg = demo.setup(demo.PARSER.parse(["--input", "x.jpg", "--config-file", "coco/r50", "--weights", "x.pth"]))
     assert cfg.MODEL.KMAX.NUM_CLASSES == 133 and cfg.MODEL.WEIGHTS == "x.pth"
-    names = demo.MetadataCatalog.get(cfg.DATASETS.TEST[0]).stuff_classes
+    names = dataset_metadata(cfg).stuff_classes
     assert demo.describe([{"category_id": 0}, {"category_id": 2}, {"category_id": 0}], names) == "2 person, 1 car"
     assert demo.describe([], names) == "no segments"
 
 
-def test_find_images(demo, tmp_path):
+def test_find_images(tmp_path):
     for name in ("b.png", "a.JPG", "c[1].png"):
         picture().save(tmp_path / name)
     (tmp_path / "notes.txt").touch()
     (tmp_path / "empty").mkdir()
     inputs = [str(tmp_path / name) for name in ("c[1].png", "*.png", "", "empty", "*.gif", "absent.png")]
-    files, problems = demo.find_images(inputs)
+    files, errors = find_images(inputs)
     assert [file.name for file in files] == ["c[1].png", "b.png", "a.JPG"]
-    assert [problem.replace(str(tmp_path), "") for problem in problems] == [
+    assert [str(error).replace(str(tmp_path), "") for error in errors] == [
         "no images in the folder /empty",
         "no file matches /*.gif",
         "no file /absent.png",
@@ -192,7 +187,7 @@ def test_outputs_meet_neither_each_other_nor_an_input(demo, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
-def test_any_mode_of_eight_bits_is_read(demo, tmp_path, mode):
+def test_any_mode_of_eight_bits_is_read(tmp_path, mode):
     file = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
     picture().convert(mode).save(file)
     image = read_image({"file_name": str(file)})
@@ -201,7 +196,7 @@ def test_any_mode_of_eight_bits_is_read(demo, tmp_path, mode):
     assert np.array_equal(image, expected)
 
 
-def test_more_bits_are_refused_not_clipped(demo, tmp_path):
+def test_more_bits_are_refused_not_clipped(tmp_path):
     file = tmp_path / "deep.png"
     Image.fromarray(np.full((8, 8), 30000, dtype=np.uint16)).save(file)
     with pytest.raises(UserError, match=r"deep\.png has more than 8 bits"):

@@ -29,7 +29,7 @@ WEIGHTS = str(Path(kmax_d2.__file__).parent / "assets" / "quickstart.pth")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Drawn images in "unlabeled", one of which is no image; one is PNG, and grey."""
+    """Drawn images in "unlabeled", one of which is no image; one is PNG, and gray."""
     folder = tmp_path_factory.mktemp("pseudo_label")
     shapes.write_split(folder, "unlabeled", 4, 11)
     images = folder / "unlabeled"
@@ -105,10 +105,10 @@ def test_labels_are_a_sound_dataset_to_train_with(made):
 
 def test_broken_images_are_named_and_left_out(folder, capsys):
     run(folder)
-    told = capsys.readouterr().out
-    assert "skipped: cannot read the image" in told
-    assert "unlabeled/0009.jpg" in told
-    assert "left out: 1 images that cannot be read, 0 in which the model finds nothing" in told
+    output = capsys.readouterr().out
+    assert "skipped: cannot read the image" in output
+    assert "unlabeled/0009.jpg" in output
+    assert "left out: 1 images that cannot be read, 0 in which the model finds nothing" in output
 
 
 def test_interrupted_run_goes_on(folder):
@@ -126,13 +126,13 @@ def test_interrupted_run_goes_on(folder):
 
 
 def test_another_models_labels_are_not_mixed_in(folder, made):
-    with pytest.raises(UserError, match=r"panoptic_unlabeled holds labels of another model or of other options"):
+    with pytest.raises(UserError, match=r"panoptic_unlabeled holds labels from another model or other options"):
         run(folder, "made", "MODEL.KMAX.TEST.PIXEL_THRESHOLD", "0.5")
 
 
 def test_model_that_finds_nothing_gives_no_dataset(folder):
     options = ["MODEL.KMAX.TEST.THING_THRESHOLD", "1.1", "MODEL.KMAX.TEST.STUFF_THRESHOLD", "1.1"]
-    with pytest.raises(UserError, match=r"not one of the 5 images in .*unlabeled got a label"):
+    with pytest.raises(UserError, match=r"none of the 5 images in .*unlabeled got a label"):
         run(folder, "nothing", *options)
 
 
@@ -159,7 +159,7 @@ def test_ids_are_the_numbers_of_coco_files(tmp_path):
     ("names", "message"),
     [
         ([], "no images in the folder"),
-        (["a.jpg", "a.png"], "2 images in .* are called a but for their suffix"),
+        (["a.jpg", "a.png"], "2 images in .* are named a except for their suffix"),
     ],
 )
 def test_folders_that_give_no_dataset(tmp_path, names, message):

@@ -7,15 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.modeling import build_model
+from kmax_d2.modeling.depthwise import DepthwiseConv2d
+from kmax_d2.modeling.early_gradient import early_gradient
+from kmax_d2.modeling.norm_act_conv import fits, norm_act_conv
+from kmax_d2.modeling.recompute import recompute
 from small import options
 from torch import nn
 
 from kmax_d2.engine import load_config
-from kmax_d2.modeling.depthwise import DepthwiseConv2d
-from kmax_d2.modeling.early_gradient import early_gradient
 from kmax_d2.modeling.layers import ConvBN, DepthwiseSeparable
-from kmax_d2.modeling.norm_act_conv import fits, norm_act_conv
-from kmax_d2.modeling.recompute import recompute
 
 USERS_OF_RECOMPUTE = ("layers", "axial_attention", "pixel_decoder")
 

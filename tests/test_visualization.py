@@ -10,7 +10,7 @@ from small import options
 
 from kmax_d2 import visualization
 from kmax_d2.data.datasets import shapes
-from kmax_d2.engine.setup import choose_device, load_config, prepare_datasets
+from kmax_d2.engine import ready_config
 
 STAR = next(index for index, category in enumerate(shapes.CATEGORIES) if category["name"] == "star")
 SKY = next(index for index, category in enumerate(shapes.CATEGORIES) if category["name"] == "sky")
@@ -24,14 +24,11 @@ def metadata():
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    cfg = load_config("shapes/quickstart", options())
-    prepare_datasets(cfg)
-    choose_device(cfg)
-    return build_model(cfg).eval()
+    return build_model(ready_config("shapes/quickstart", options())).eval()
 
 
 @pytest.fixture
-def grey():
+def gray():
     return np.full((130, 160, 3), 100, dtype=np.uint8)
 
 
@@ -44,9 +41,9 @@ def two_stars_in_the_sky():
     return ids, segments
 
 
-def test_overlay_has_the_classes_colors_and_tells_instances_apart(grey, metadata):
+def test_overlay_has_the_classes_colors_and_tells_instances_apart(gray, metadata):
     ids, segments = two_stars_in_the_sky()
-    picture = visualization.draw_panoptic(grey, ids, segments, metadata)
+    picture = visualization.draw_panoptic(gray, ids, segments, metadata)
     assert picture.shape == (390, 480, 3) and picture.dtype == np.uint8
     sky, left, right = (picture[3 * y + 1, 3 * x + 1].astype(int) for y, x in ((5, 5), (90, 15), (90, 145)))
     for pixel, category in ((sky, SKY), (right, STAR)):  # the larger star comes first
@@ -55,13 +52,13 @@ def test_overlay_has_the_classes_colors_and_tells_instances_apart(grey, metadata
     assert np.abs(left - right).max() > 30
 
 
-def test_overlay_is_the_same_every_time_and_leaves_its_arguments(grey, metadata):
+def test_overlay_is_the_same_every_time_and_leaves_its_arguments(gray, metadata):
     ids, segments = two_stars_in_the_sky()
-    first = visualization.draw_panoptic(grey, torch.from_numpy(ids), segments, metadata)
+    first = visualization.draw_panoptic(gray, torch.from_numpy(ids), segments, metadata)
     np.random.seed(7)
-    assert np.array_equal(visualization.draw_panoptic(grey, ids, segments, metadata), first)
+    assert np.array_equal(visualization.draw_panoptic(gray, ids, segments, metadata), first)
     assert segments == two_stars_in_the_sky()[1]
-    assert (grey == 100).all()
+    assert (gray == 100).all()
 
 
 def test_twenty_instances_have_twenty_colors(metadata):
@@ -71,32 +68,32 @@ def test_twenty_instances_have_twenty_colors(metadata):
     assert len({tuple(pixel) for pixel in picture[20, 10::20]}) == 20
 
 
-def test_stuff_label_lies_inside_its_mask(grey, metadata):
+def test_stuff_label_lies_inside_its_mask(gray, metadata):
     ids = np.ones((130, 160), dtype=np.int32)
     ids[:100, 30:] = 0  # an L, whose median pixel is not in it
-    labelled = visualization.draw_panoptic(grey, ids, two_stars_in_the_sky()[1][:1], metadata)
+    labelled = visualization.draw_panoptic(gray, ids, two_stars_in_the_sky()[1][:1], metadata)
     assert (labelled[:290, 100:] == 100).all()
     assert labelled.min() < 30  # the label's black box
 
 
 @pytest.mark.parametrize("corner", [(slice(0, 12), slice(0, 12)), (slice(-12, None), slice(-12, None))])
-def test_labels_stay_in_the_image(grey, metadata, corner):
+def test_labels_stay_in_the_image(gray, metadata, corner):
     ids = np.zeros((130, 160), dtype=np.int32)
     ids[corner] = 2
     segments = [{"id": 2, "category_id": STAR, "isthing": True, "score": 0.99}]
-    picture = visualization.draw_panoptic(grey, ids, segments, metadata)
+    picture = visualization.draw_panoptic(gray, ids, segments, metadata)
     rows, columns = np.nonzero((picture < 40).all(-1))  # the label's black box
     assert np.ptp(columns) > 50 and np.ptp(rows) > 10
     # None of the box is cut off: it is as large as in the middle.
     ids = np.roll(ids, (65, 80), (0, 1))
-    middle = np.nonzero((visualization.draw_panoptic(grey, ids, segments, metadata) < 40).all(-1))
+    middle = np.nonzero((visualization.draw_panoptic(gray, ids, segments, metadata) < 40).all(-1))
     assert abs(np.ptp(middle[0]) - np.ptp(rows)) <= 2 and abs(np.ptp(middle[1]) - np.ptp(columns)) <= 2
 
 
 @pytest.mark.parametrize("segments", [[], [{"id": 1, "category_id": SKY, "isthing": False}]])
-def test_no_segments_leave_the_image(grey, metadata, segments):
-    picture = visualization.draw_panoptic(grey, torch.zeros(130, 160, dtype=torch.int32), segments, metadata)
-    assert np.array_equal(picture, visualization.enlarged(grey))
+def test_no_segments_leave_the_image(gray, metadata, segments):
+    picture = visualization.draw_panoptic(gray, torch.zeros(130, 160, dtype=torch.int32), segments, metadata)
+    assert np.array_equal(picture, visualization.enlarged(gray))
 
 
 @pytest.mark.parametrize(
@@ -116,10 +113,10 @@ def test_palette_is_distinct_and_steady(number):
     assert distance.min() >= (90 if number <= 16 else 30)
 
 
-def test_one_color_for_each_cluster(grey):
+def test_one_color_for_each_cluster(gray):
     assignment = np.array([[0, 1], [2, 0]])
-    picture = visualization.draw_assignment(grey, assignment, 4)
-    assert picture.shape == grey.shape and picture.dtype == np.uint8
+    picture = visualization.draw_assignment(gray, assignment)
+    assert picture.shape == gray.shape and picture.dtype == np.uint8
     assert np.array_equal(picture[0, 0], picture[-1, -1])
     assert len({tuple(pixel) for pixel in picture.reshape(-1, 3)}) == 3
     expected = 0.75 * visualization.cluster_palette(4)[1] + 0.25 * 100
@@ -138,7 +135,7 @@ def test_assignments_are_the_largest_logits(model):
 
 
 @pytest.mark.parametrize("stride", [4, 8, 16, 32])
-def test_stride_is_told_from_the_sizes(stride):
+def test_stride_follows_from_the_sizes(stride):
     for size in ((129, 129), (1281, 853), (36, 33), (800, 40)):
         assert visualization._stride(size, [(side - 1) // stride + 1 for side in size]) == stride
 

@@ -6,17 +6,14 @@ complete, annotation included, or absent: an interrupted run resumes from the fi
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..errors import UserError
+from ..files import whole_file
 from .segment_ids import id2rgb
 
 CHUNK = "annotation"
@@ -49,36 +46,11 @@ def describe(ids: np.ndarray) -> list[dict]:
     ]
 
 
-@contextlib.contextmanager
-def written_whole(file: Path) -> Iterator[Path]:
-    """Yields a temporary path with the same folder and suffix, which replaces the file on success.
-
-    Raises UserError if it cannot be written.
-    """
-    unfinished = file.with_name(f".{file.stem}.{os.getpid()}.part{file.suffix}")
-    try:
-        yield unfinished
-        os.replace(unfinished, file)
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror or error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def make_folder(folder: Path) -> Path:
-    """Creates a folder unless it exists, and returns it. Raises UserError on failure."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create the folder {folder}: {error.strerror}") from error
-    return folder
-
-
 def write(file: Path, ids: np.ndarray, annotation: dict) -> None:
     """Writes an id map (H, W) of 0 to 2^24 - 1 as a PNG that contains its annotation."""
     info = PngInfo()
     info.add_text(CHUNK, json.dumps(annotation))
-    with written_whole(file) as unfinished:
+    with whole_file(file) as unfinished:
         Image.fromarray(id2rgb(ids)).save(unfinished, pnginfo=info)
 
 
@@ -103,6 +75,6 @@ def write_json(file: Path, entries: list[dict], categories: list[dict]) -> None:
     """
     images, annotations = ([entry[key] for entry in entries] for key in ("image", "annotation"))
     content = {"images": images, "annotations": annotations, "categories": categories}
-    with written_whole(file) as unfinished:
+    with whole_file(file) as unfinished:
         unfinished.write_text(json.dumps(content))
     print(f"{file}: {len(entries)} images")

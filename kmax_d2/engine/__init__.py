@@ -1,7 +1,7 @@
-"""Configs, training and its parts."""
+"""Configs, ready models, and training."""
 
 from .launch import launch
-from .setup import argument_parser, load_config, setup
+from .setup import load_config, load_model, load_predictor, ready_config, setup
 from .trainer import Trainer
 
-__all__ = ["Trainer", "argument_parser", "launch", "load_config", "setup"]
+__all__ = ["Trainer", "launch", "load_config", "load_model", "load_predictor", "ready_config", "setup"]

@@ -1,4 +1,4 @@
-"""From a command line to a config that is ready to train, evaluate or segment with."""
+"""From a config name and options to a config that is ready to use, and from there to a model with weights."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from pathlib import Path
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import default_argument_parser
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.modeling import build_model
 from detectron2.utils import comm
+from torch import nn
 
+from ..checkpoint import load_weights
+from ..checkpoint.download import download, is_address
 from ..config import add_kmax_config
 from ..data.datasets import coco_panoptic
 from ..errors import UserError, did_you_mean
+from ..speed import inference_model, require_precision
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's own arguments, and those that name a dataset of one's own."""
-    parser = default_argument_parser()
-    for name, split in (("--train-data", "training"), ("--test-data", "test")):
-        parser.add_argument(
-            name,
-            nargs=3,
-            metavar=("IMAGES", "PNGS", "JSON"),
-            help=f"{split} data of your own in COCO panoptic format: image folder, PNG folder, JSON file",
-        )
-    return parser
+# Demo and pseudo-labels need nothing else.
+PANOPTIC_ONLY = (
+    *("MODEL.KMAX.TEST.PANOPTIC_ON", True),
+    *("MODEL.KMAX.TEST.SEMANTIC_ON", False),
+    *("MODEL.KMAX.TEST.INSTANCE_ON", False),
+)
 
 
 def config_file(name: str) -> Path:
-    """The path of a config: a file, or a name such as "coco/r50" below the project's configs."""
+    """Returns the path of a config: an existing file, or a name such as "coco/r50" in the project's configs.
+
+    Raises UserError if there is no such config.
+    """
     if Path(name).is_file():
         return Path(name)
     relative = name.removeprefix("configs/").removesuffix(".yaml")
@@ -54,10 +54,15 @@ def config_file(name: str) -> Path:
     raise UserError(f"no config file {name}{did_you_mean(relative, known)} The project has {', '.join(known)}")
 
 
-def load_config(file: str, options: Sequence[str] = ()) -> CfgNode:
-    """Reads a config file (none if empty) over the defaults, and options as (name, value, name, value, ...).
+def load_config(file: str, options: Sequence = ()) -> CfgNode:
+    """Reads a config as it is written; :func:`ready_config` also prepares it for use.
 
-    Raises UserError for a missing or broken file, a misspelt option or a value of the wrong type.
+    Args:
+        file: a config file or name; an empty string for the defaults.
+        options: (name, value, name, value, ...), which take precedence over the file.
+
+    Raises:
+        UserError: the file is missing or broken, an option does not exist, or a value has the wrong type.
     """
     cfg = get_cfg()
     add_kmax_config(cfg)
@@ -72,7 +77,7 @@ def load_config(file: str, options: Sequence[str] = ()) -> CfgNode:
         raise UserError(f"no option {name}{did_you_mean(name, _option_names(cfg))}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
-    except (ValueError, AssertionError) as error:
+    except (ValueError, AssertionError) as error:  # as yacs reports wrong values and some wrong names
         wrong = [name for name in options[::2] if name not in set(_option_names(cfg))]
         if wrong:
             raise UserError(f"no option {wrong[0]}{did_you_mean(wrong[0], _option_names(cfg))}") from error
@@ -88,22 +93,39 @@ def _option_names(node: CfgNode, prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
-    """The frozen config of a command line: own data registered, classes counted, device and batch norm chosen."""
-    if args.config_file:
-        args.config_file = str(config_file(args.config_file))  # Detectron2 reads the file too, for the log
-    cfg = load_config(args.config_file, args.opts)
-    for name, files in (("OWN_TRAIN", args.train_data), ("OWN_TEST", args.test_data)):
-        if files:
-            cfg.DATASETS[name] = files
+def ready_config(file: str, options: Sequence = (), overrides: Sequence = ()) -> CfgNode:
+    """Returns a frozen config that is ready to use: own data registered, classes counted, device chosen.
+
+    Args:
+        file: a config file or name; an empty string for the defaults.
+        options: the user's, (name, value, name, value, ...).
+        overrides: further options that the program sets whatever the user asked for.
+
+    Raises:
+        UserError: the config, an option, or a dataset is wrong.
+    """
+    cfg = load_config(file, options)
+    cfg.merge_from_list(list(overrides))
     prepare_datasets(cfg)
     choose_device(cfg)
     cfg.freeze()
     return cfg
 
 
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Returns the :func:`ready_config` of the parsed command line of train_net.py."""
+    if args.config_file:
+        args.config_file = str(config_file(args.config_file))  # Detectron2 reads the file too, for its log
+    own = (("DATASETS.OWN_TRAIN", args.train_data), ("DATASETS.OWN_TEST", args.test_data))
+    overrides = [part for name, files in own if files for part in (name, files)]
+    return ready_config(args.config_file, args.opts, overrides)
+
+
 def prepare_datasets(cfg: CfgNode) -> None:
-    """Registers the config's own data, checks that its datasets are there, and counts the classes, in place."""
+    """Registers the config's own data, checks that its datasets are registered, and counts the classes, in place.
+
+    Raises UserError for a dataset that is not registered or not panoptic, and for classes that contradict each other.
+    """
     for split in ("TRAIN", "TEST"):
         files = cfg.DATASETS[f"OWN_{split}"]
         if not files:
@@ -113,7 +135,7 @@ def prepare_datasets(cfg: CfgNode) -> None:
         images, pngs, json_file = files
         for folder in (images, pngs):
             if not os.path.isdir(folder):
-                raise UserError(f"no folder {folder}, which DATASETS.OWN_{split} names")
+                raise UserError(f"no folder {folder}, which is named in DATASETS.OWN_{split}")
         name = f"{Path(json_file).absolute().parent.name}_{Path(json_file).stem}"
         coco_panoptic.register(name, images, pngs, json_file)
         cfg.DATASETS[split] = (name,)
@@ -141,10 +163,43 @@ def prepare_datasets(cfg: CfgNode) -> None:
 
 
 def choose_device(cfg: CfgNode) -> None:
-    """Takes the CPU where there is no GPU, and the batch norm that runs there, in place."""
+    """Falls back to the CPU if there is no GPU, and to a batch norm that runs on the device, in place."""
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
         logger.warning("no GPU found: running on the CPU")
     if cfg.MODEL.KMAX.NORM == "SyncBN" and (cfg.MODEL.DEVICE == "cpu" or comm.get_world_size() == 1):
-        # PyTorch's SyncBatchNorm refuses to train on a CPU; Detectron2's works there, over gloo.
+        # PyTorch's SyncBatchNorm cannot train on a CPU; Detectron2's can, over gloo.
         cfg.MODEL.KMAX.NORM = "naiveSyncBN"
+
+
+def dataset_metadata(cfg: CfgNode) -> Metadata:
+    """Returns the metadata of a config's test (else training) dataset, such as its class names.
+
+    Raises UserError if the config names no dataset.
+    """
+    names = [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]
+    if not names:
+        raise UserError("the class names are unknown: name a dataset in DATASETS.TEST")
+    return MetadataCatalog.get(names[0])
+
+
+def load_model(cfg: CfgNode) -> nn.Module:
+    """Builds the model of a :func:`ready_config` with all weights of MODEL.WEIGHTS, in training mode.
+
+    Raises UserError if the weights are missing or belong to another model.
+    """
+    if is_address(cfg.MODEL.WEIGHTS):
+        download(cfg.MODEL.WEIGHTS)  # if this fails, it should fail before the model is built
+    model = build_model(cfg)
+    load_weights(model, cfg.MODEL.WEIGHTS)
+    return model
+
+
+def load_predictor(cfg: CfgNode) -> nn.Module:
+    """Builds the model of a :func:`ready_config` with its weights, made as fast as the config asks for inference.
+
+    Run it inside :func:`kmax_d2.speed.use_precision`. Raises UserError as :func:`load_model` does, and for options of
+    inference that do not exist.
+    """
+    require_precision(cfg.MODEL.KMAX.TEST.PRECISION)  # before the time it takes to build the model
+    return inference_model(load_model(cfg), cfg)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from detectron2.config import configurable
 from detectron2.structures import Boxes, Instances
+from torch import nn
 from torchvision.ops import masks_to_boxes
 
 from ..errors import UserError
@@ -39,7 +40,7 @@ class Results(dict):
         return one_hot.scatter_(0, classes[None], 1)
 
 
-class Postprocessor:
+class Postprocessor(nn.Module):
     """Merges the prediction for one image, and resizes the results to the original size.
 
     Args:
@@ -65,6 +66,7 @@ class Postprocessor:
         instance: str = "query",
         max_instances: int = 100,
     ):
+        super().__init__()
         for option, value, known in (
             ("SEMANTIC", semantic, ("query", "marginal")),
             ("INSTANCE", instance, ("query", "panoptic")),
@@ -91,7 +93,7 @@ class Postprocessor:
             "max_instances": test.MAX_INSTANCES,
         }
 
-    def __call__(
+    def forward(
         self,
         class_logits: torch.Tensor,
         mask_logits: torch.Tensor,

@@ -1,0 +1,53 @@
+"""The command-line grammar that the demo and the tools share.
+
+Programs parse first and import PyTorch afterwards, so this module imports nothing that takes long.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+
+from .errors import exit_on_user_error
+
+
+class ConfigParser(argparse.ArgumentParser):
+    """Parses a config, a checkpoint, and config options; a program adds its own arguments.
+
+    Args:
+        doc: the program's docstring, shown by ``--help``.
+        config_file: whether ``--config-file`` is required; None leaves it out.
+        weights: whether there is ``--weights``.
+        options: "opts" for NAME VALUE pairs anywhere after the program's own positional arguments; "--opts" if they
+            must follow that flag, because the program takes a list of something else.
+    """
+
+    def __init__(
+        self, doc: str, *, config_file: bool | None = True, weights: bool = False, options: str | None = "opts"
+    ):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self._options = options
+        if config_file is not None:
+            text = "config file or name, such as coco/r50"
+            self.add_argument("--config-file", required=config_file, metavar="FILE", help=text)
+        if weights:
+            self.add_argument("--weights", metavar="FILE", help="checkpoint; short for the option MODEL.WEIGHTS")
+
+    def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """Parses arguments, None for those of the process; ``--weights`` becomes one of the options in "opts"."""
+        if self._options:  # now that the program has added its positional arguments, which come before
+            text = "config options to change"
+            self.add_argument(self._options, nargs="*", default=[], metavar="NAME VALUE", help=text)
+            self._options = None
+        args = self.parse_intermixed_args(argv)
+        if getattr(args, "weights", None):
+            args.opts = ["MODEL.WEIGHTS", args.weights, *args.opts]
+        return args
+
+
+def run_program(main: Callable[[], object]) -> None:
+    """Runs a program's main function with freed memory kept; a UserError ends it with one line and status 1."""
+    from .speed import keep_freed_memory  # imports PyTorch
+
+    keep_freed_memory()
+    exit_on_user_error(main)
