@@ -1,0 +1,67 @@
+"""Averaged weights: an exponential moving average (EMA) of all weights and batch statistics over training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from ..errors import UserError
+
+FILE = "model_final_ema.pth"
+
+
+class WeightAverage(HookBase):
+    """Keeps the averaged weights of the model in training, where SOLVER.EMA.ENABLED is set.
+
+    After step t (from 1) the average moves toward the weights by 1 - d, where d is SOLVER.EMA.DECAY, or with
+    SOLVER.EMA.WARMUP the smaller of that and 1 - t^(-2/3). Parameters and the running statistics of batch norms are
+    averaged, counters copied. The average starts at the weights that training starts with. It is part of every
+    checkpoint, for `--resume`, and at the end of training it is also written as weights of its own to
+    `model_final_ema.pth`, which MODEL.WEIGHTS can name wherever it can name `model_final.pth`.
+
+    Args:
+        model: the model before it is compiled, checkpointed or wrapped for several processes; it is copied.
+        cfg: SOLVER.EMA and OUTPUT_DIR are read.
+
+    Attributes:
+        model: the averaged model, in evaluation mode.
+
+    Raises:
+        UserError: the decay is not in [0, 1).
+    """
+
+    def __init__(self, model: nn.Module, cfg: CfgNode):
+        options = cfg.SOLVER.EMA
+        if not 0 <= options.DECAY < 1:
+            raise UserError(f"SOLVER.EMA.DECAY is {options.DECAY}, but it must be at least 0 and less than 1")
+        self._ema = ModelEmaV3(model, decay=options.DECAY, use_warmup=options.WARMUP)
+        self._file = Path(cfg.OUTPUT_DIR) / FILE
+        self._restored = False
+        self.model: nn.Module = self._ema.module.requires_grad_(False)
+
+    def before_train(self) -> None:
+        if not self._restored:
+            self._ema.set(_unwrapped(self.trainer.model))
+
+    def after_step(self) -> None:
+        step = self.trainer.iter + 1
+        self._ema.update(_unwrapped(self.trainer.model), step=step)
+        if step == self.trainer.max_iter and comm.is_main_process():
+            torch.save({"model": self.model.state_dict()}, self._file)
+
+    def state_dict(self) -> dict:
+        return self.model.state_dict()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.model.load_state_dict(state_dict)
+        self._restored = True
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
