@@ -11,7 +11,6 @@ import colorsys
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -48,6 +47,8 @@ MIN_VISIBLE = 0.5  # share of a segment that later things must leave visible
 MIN_INSIDE = 0.7  # share of a thing that lies inside the image
 MAX_TRIES = 40  # attempts to place things in one image
 
+Shape = tuple[int, int]  # (height, width)
+
 
 def draw(seed: int, index: int) -> tuple[np.ndarray, np.ndarray, list[dict]]:
     """Draws image `index` of the endless set that belongs to `seed`.
@@ -65,28 +66,30 @@ def draw(seed: int, index: int) -> tuple[np.ndarray, np.ndarray, list[dict]]:
     for kind, cover in _place_things(rng, labels):
         _paint_thing(rng, canvas, cover)
         categories.append(THINGS[kind])
+    # Uneven light, a tint and sensor noise, as in a photograph.
+    light = rng.uniform(0.85, 1.1) * (1 + rng.uniform(0, 0.2) * _ramp(rng, labels.shape))
+    canvas *= light[..., None] * rng.uniform(0.88, 1.12, 3)
+    canvas += rng.uniform(0.008, 0.025) * rng.standard_normal(canvas.shape)
 
     colors = np.array([category["color"] for category in categories])
     colors[len(STUFF) :, 0] += 8 * np.arange(len(categories) - len(STUFF))
-    ids = colors @ (1, 256, 65536)
-    category_ids = {int(ids[label]): category["id"] for label, category in enumerate(categories)}
-    id_map = ids[labels].astype(np.int32)
-    segments = [s | {"category_id": category_ids[s["id"]], "iscrowd": 0} for s in describe(id_map)]
-    return _photograph(rng, canvas), id_map, segments
+    ids = (colors @ (1, 256, 65536)).astype(np.int32)
+    category_ids = {int(id_): category["id"] for id_, category in zip(ids, categories, strict=True)}
+    segments_info = [s | {"category_id": category_ids[s["id"]], "iscrowd": 0} for s in describe(ids[labels])]
+    return (255 * np.clip(canvas, 0, 1) + 0.5).astype(np.uint8), ids[labels], segments_info
 
 
-def _noise(rng: Generator, shape: tuple[int, int], cell_y: float, cell_x: float) -> np.ndarray:
+def _noise(rng: Generator, shape: Shape, cell_y: float, cell_x: float) -> np.ndarray:
     """Smooth noise (H, W), about -1 to 1, with features of cell_y by cell_x pixels."""
     coarse = rng.uniform(-1, 1, (int(shape[0] / cell_y) + 2, int(shape[1] / cell_x) + 2))
-    fine = cv2.resize(coarse, None, fx=cell_x, fy=cell_y, interpolation=cv2.INTER_CUBIC)
-    return fine[: shape[0], : shape[1]]
+    return cv2.resize(coarse, None, fx=cell_x, fy=cell_y, interpolation=cv2.INTER_CUBIC)[: shape[0], : shape[1]]
 
 
-def _ramp(rng: Generator, shape: tuple[int, int]) -> np.ndarray:
+def _ramp(rng: Generator, shape: Shape) -> np.ndarray:
     """A linear ramp (H, W) in a random direction, from about -1 to about 1."""
     y, x = np.linspace(-1, 1, shape[0])[:, None], np.linspace(-1, 1, shape[1])
-    direction = np.exp(1j * rng.uniform(0, 2 * np.pi))
-    return (direction.real * x + direction.imag * y) / (abs(direction.real) + abs(direction.imag))
+    angle = rng.uniform(0, 2 * np.pi)
+    return (np.cos(angle) * x + np.sin(angle) * y) / (abs(np.cos(angle)) + abs(np.sin(angle)))
 
 
 def _color(rng: Generator, hue: float, saturation: tuple[float, float], value: tuple[float, float]) -> np.ndarray:
@@ -99,59 +102,46 @@ def _mix(first: np.ndarray, second: np.ndarray, share: np.ndarray) -> np.ndarray
     return first + (second - first) * share[..., None]
 
 
-def _sky(rng: Generator, shape: tuple[int, int]) -> np.ndarray:
-    """Soft clouds, nothing finer than eight pixels."""
-    clouds = sum(_noise(rng, shape, 0.6 * cell, cell) * cell / 56 for cell in (32, 16, 8))
-    return 0.2 + 0.2 * _ramp(rng, shape) + 0.7 * np.clip(0.4 + 1.2 * clouds, 0, 1)
+def _texture(rng: Generator, name: str, shape: Shape) -> np.ndarray:
+    """Draws the brightness (H, W), about 0 to 1, of a stuff class."""
+    if name == "sky":  # soft clouds, nothing finer than eight pixels
+        clouds = sum(_noise(rng, shape, 0.6 * cell, cell) * cell / 56 for cell in (32, 16, 8))
+        return 0.2 + 0.2 * _ramp(rng, shape) + 0.7 * np.clip(0.4 + 1.2 * clouds, 0, 1)
+    if name == "grass":  # two layers of blades, each noise that is stretched upward and sheared
+        shears = [np.array([[1, lean, -lean * shape[0] / 2], [0, 1, 0]]) for lean in rng.uniform(-0.5, 0.5, 2)]
+        blades = [
+            cv2.warpAffine(_noise(rng, shape, 11, 1.7), shear, shape[::-1], borderMode=cv2.BORDER_REFLECT)
+            for shear in shears
+        ]
+        return 0.3 + 0.8 * np.maximum(*blades)
+    if name == "water":  # wavy horizontal bands of varying strength
+        waves = np.arange(shape[0])[:, None] * (2 * np.pi / rng.uniform(6, 10))
+        bend = 2.5 * _noise(rng, shape, 18, 26) + rng.uniform(0, 2 * np.pi)
+        return 0.5 + 0.5 * (0.65 + 0.35 * _noise(rng, shape, 6, 24)) * np.sin(waves + bend)
+    # Sand: grain of one and two pixels, and a few dark specks.
+    grain = 0.35 * rng.uniform(-1, 1, shape) + 0.25 * _noise(rng, shape, 2, 2)
+    return 0.6 + grain - 0.6 * (rng.random(shape) > 0.97)
 
 
-def _grass(rng: Generator, shape: tuple[int, int]) -> np.ndarray:
-    """Blades: two layers of noise that is stretched upward, each sheared by its own angle."""
-    layers = []
-    for lean in rng.uniform(-0.5, 0.5, 2):
-        shear = np.array([[1, lean, -lean * shape[0] / 2], [0, 1, 0]])
-        blades = _noise(rng, shape, 11, 1.7)
-        layers.append(cv2.warpAffine(blades, shear, shape[::-1], borderMode=cv2.BORDER_REFLECT))
-    return 0.3 + 0.8 * np.maximum(*layers)
+# name: (mean hue in turns, contrast). The hues overlap, so texture has to tell the classes apart.
+STUFF_LOOKS = {"sky": (0.58, 0.26), "grass": (0.25, 0.38), "water": (0.52, 0.30), "sand": (0.13, 0.32)}
 
 
-def _water(rng: Generator, shape: tuple[int, int]) -> np.ndarray:
-    """Wavy horizontal bands of varying strength."""
-    waves = np.arange(shape[0])[:, None] * (2 * np.pi / rng.uniform(6, 10))
-    bend = 2.5 * _noise(rng, shape, 18, 26) + rng.uniform(0, 2 * np.pi)
-    return 0.5 + 0.5 * (0.65 + 0.35 * _noise(rng, shape, 6, 24)) * np.sin(waves + bend)
-
-
-def _sand(rng: Generator, shape: tuple[int, int]) -> np.ndarray:
-    """Grain of one and two pixels, and a few dark specks."""
-    return 0.6 + 0.35 * rng.uniform(-1, 1, shape) + 0.25 * _noise(rng, shape, 2, 2) - 0.6 * (rng.random(shape) > 0.97)
-
-
-# name: (texture, mean hue in turns, contrast). The hues overlap, so texture has to tell the classes apart.
-STUFF_LOOKS: dict[str, tuple[Callable, float, float]] = {
-    "sky": (_sky, 0.58, 0.26),
-    "grass": (_grass, 0.25, 0.38),
-    "water": (_water, 0.52, 0.30),
-    "sand": (_sand, 0.13, 0.32),
-}
-
-
-def _stuff_layout(rng: Generator, shape: tuple[int, int]) -> np.ndarray:
+def _stuff_layout(rng: Generator, shape: Shape) -> np.ndarray:
     """Draws regions of two to four classes as indices into STUFF, (H, W) int64.
 
     Each pixel belongs to the nearest seed point. Noise on the coordinates roughens the borders, a stretch of the plane
     turns cells into bands, and an occasional extra seed point gives one class two regions.
     """
-    y, x = np.mgrid[: shape[0], : shape[1]].astype(np.float64)
+    y, x = np.mgrid[: shape[0], : shape[1]]
     while True:
         classes = rng.permutation(len(STUFF))[: rng.integers(2, 5)]
         if rng.random() < 0.3:
             classes = np.append(classes, classes[0])
-        rough_y, rough_x = (
-            sum(reach * _noise(rng, shape, cell, cell) for cell, reach in ((36, 15), (14, 5), (5, 2))) for _ in range(2)
-        )
-        direction = np.exp(1j * rng.normal(0, 0.35))
-        plane = ((x + rough_x) + 1j * (y + rough_y)) * direction
+        plane = x + 1j * y
+        for cell, reach in ((36, 15), (14, 5), (5, 2)):
+            plane += reach * (_noise(rng, shape, cell, cell) + 1j * _noise(rng, shape, cell, cell))
+        plane *= np.exp(1j * rng.normal(0, 0.35))
         plane.real *= rng.uniform(0.15, 1)
         seeds = plane[rng.integers(0, shape[0], len(classes)), rng.integers(0, shape[1], len(classes))]
         labels = classes[np.abs(plane - seeds[:, None, None]).argmin(axis=0)]
@@ -163,40 +153,39 @@ def _paint_stuff(rng: Generator, labels: np.ndarray) -> np.ndarray:
     """Paints the background, (H, W, 3) in [0, 1]."""
     canvas = np.zeros((*labels.shape, 3))
     for index in np.unique(labels):
-        texture, mean_hue, contrast = STUFF_LOOKS[STUFF[index]["name"]]
+        name = STUFF[index]["name"]
+        mean_hue, contrast = STUFF_LOOKS[name]
         spread = 0.17 if rng.random() < 0.75 else 0.5
         color = _color(rng, mean_hue + rng.uniform(-spread, spread), (0.1, 0.6), (0.45, 0.75))
         contrast *= rng.uniform(0.8, 1.2)
-        paint = _mix(color * (1 - contrast), color * (1 + contrast), np.clip(texture(rng, labels.shape), 0, 1))
+        paint = _mix(color * (1 - contrast), color * (1 + contrast), np.clip(_texture(rng, name, labels.shape), 0, 1))
         region = cv2.GaussianBlur((labels == index).astype(np.float64), (3, 3), 0)  # borders are not jagged
         canvas += paint * region[..., None]
     return canvas
 
 
-def _ring(radii: list[float]) -> np.ndarray:
-    """Corners (V, 2) at equal angles and the given distances from the center."""
-    corners = np.exp(2j * np.pi * np.arange(len(radii)) / len(radii)) * radii
-    return np.stack([corners.real, corners.imag], axis=1)
+def _ring(*radii: float) -> np.ndarray:
+    """Corners at equal angles and the given distances from the center, as complex numbers x + iy."""
+    return np.exp(2j * np.pi * np.arange(len(radii)) / len(radii)) * radii
 
 
-_PLUS = [(1, 0.3), (0.3, 0.3), (0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3)]
-# name: corners (V, 2) of a shape that fits the unit circle
+_HALF_CROSS = np.array([1 + 0.3j, 0.3 + 0.3j, 0.3 + 1j, -0.3 + 1j, -0.3 + 0.3j, -1 + 0.3j])
+# name: corners of a shape that fits the unit circle
 OUTLINES = {
-    "circle": _ring([0.9] * 28),
-    "square": _ring([1.0] * 4),
-    "triangle": _ring([1.0] * 3),
-    "star": _ring([1.0, 0.45] * 5),
-    "cross": np.concatenate([_PLUS, -np.array(_PLUS)]) / np.hypot(1, 0.3),
+    "circle": _ring(*[0.9] * 28),
+    "square": _ring(1, 1, 1, 1),
+    "triangle": _ring(1, 1, 1),
+    "star": _ring(*[1, 0.45] * 5),
+    "cross": np.concatenate([_HALF_CROSS, -_HALF_CROSS]) / np.hypot(1, 0.3),
 }
 
 
-def _random_outline(rng: Generator, shape: tuple[int, int]) -> tuple[int, np.ndarray]:
-    """Draws a thing: its index in THINGS and its corners (V, 2) as (x, y) in pixels, float32."""
+def _random_thing(rng: Generator, shape: Shape) -> tuple[int, np.ndarray]:
+    """Draws the index in THINGS and the corners (V, 2) of a thing, as (x, y) in pixels, float32."""
     kind = int(rng.integers(len(THINGS)))
-    radius, aspect, angle = rng.uniform(*RADIUS), rng.uniform(0.85, 1.15), rng.uniform(0, 2 * np.pi)
-    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    center = rng.uniform(0, 1, 2) * shape[::-1]
-    corners = OUTLINES[THINGS[kind]["name"]] * (aspect, 1 / aspect) @ turn * radius + center
+    outline, aspect = OUTLINES[THINGS[kind]["name"]], rng.uniform(0.85, 1.15)
+    turned = (outline.real * aspect + 1j * outline.imag / aspect) * np.exp(2j * np.pi * rng.random())
+    corners = np.stack([turned.real, turned.imag], axis=1) * rng.uniform(*RADIUS) + rng.uniform(0, 1, 2) * shape[::-1]
     return kind, corners.astype(np.float32)
 
 
@@ -212,7 +201,7 @@ def _place_things(rng: Generator, labels: np.ndarray) -> list[tuple[int, np.ndar
     for _ in range(MAX_TRIES):
         if len(things) == wanted:
             break
-        kind, corners = _random_outline(rng, labels.shape)
+        kind, corners = _random_thing(rng, labels.shape)
         sixteenths = np.rint(corners * 16).astype(np.int32)
         cover = cv2.fillPoly(np.zeros(labels.shape, np.uint8), [sixteenths], 255, cv2.LINE_AA, shift=4)
         after = np.where(cover > 127, len(whole), labels)
@@ -226,58 +215,41 @@ def _place_things(rng: Generator, labels: np.ndarray) -> list[tuple[int, np.ndar
     return things
 
 
-def _pattern(rng: Generator, shape: tuple[int, int]) -> np.ndarray:
-    """Plain, stripes, checks or dots of a random scale and angle, (H, W) in [0, 1]."""
-    y, x = np.mgrid[: shape[0], : shape[1]]
-    plane = (x + 1j * y) * np.exp(1j * rng.uniform(0, np.pi)) * rng.uniform(0.45, 0.8)
-    u, v = np.sin(plane.real), np.sin(plane.imag)
-    return np.clip(0.5 + 2 * (np.full(shape, -1.0), u, u * v, np.abs(u * v) - 0.5)[rng.integers(4)], 0, 1)
-
-
 def _paint_thing(rng: Generator, canvas: np.ndarray, cover: np.ndarray) -> None:
     """Paints a thing of coverage (H, W), uint8, and its shadow over an image (H, W, 3) in place."""
     x, y, width, height = cv2.boundingRect(cover)
     window = np.s_[max(y - 6, 0) : y + height + 6, max(x - 6, 0) : x + width + 6]
     cover, below = cover[window], canvas[window]
-    paint = _mix(
-        *(_color(rng, rng.random(), (0.15, 0.9), (0.35, 1)) for _ in range(2)), 0.8 * _pattern(rng, cover.shape)
-    )
+
+    y, x = np.mgrid[: cover.shape[0], : cover.shape[1]]
+    plane = (x + 1j * y) * np.exp(1j * rng.uniform(0, np.pi)) * rng.uniform(0.45, 0.8)
+    u, v = np.sin(plane.real), np.sin(plane.imag)
+    plain, stripes, checks, dots = np.full(u.shape, -1.0), u, u * v, np.abs(u * v) - 0.5
+    pattern = np.clip(0.5 + 2 * (plain, stripes, checks, dots)[rng.integers(4)], 0, 1)
+    first, second = (_color(rng, rng.random(), (0.15, 0.9), (0.35, 1)) for _ in range(2))
+
     inside, outside = (cv2.distanceTransform(side, cv2.DIST_L2, 5) for side in (cover & 128, ~cover & 128))
     rim = 0.7 + 0.3 * np.clip(inside / 3, 0, 1)  # keeps two things of the same color apart
     light = rim * (1 + 0.25 * _ramp(rng, cover.shape))
     shadow = 0.35 * np.exp(-outside / 2.5)
-    below[:] = _mix(below * (1 - shadow)[..., None], paint * light[..., None], cover / 255)
-
-
-def _photograph(rng: Generator, canvas: np.ndarray) -> np.ndarray:
-    """Adds uneven light, a tint and sensor noise: (H, W, 3) in [0, 1] -> uint8."""
-    light = rng.uniform(0.85, 1.1) * (1 + rng.uniform(0, 0.2) * _ramp(rng, canvas.shape[:2]))
-    image = canvas * light[..., None] * rng.uniform(0.88, 1.12, 3)
-    image += rng.uniform(0.008, 0.025) * rng.standard_normal(canvas.shape)
-    return (255 * np.clip(image, 0, 1) + 0.5).astype(np.uint8)
+    paint = _mix(first, second, 0.8 * pattern) * light[..., None]
+    below[:] = _mix(below * (1 - shadow)[..., None], paint, cover / 255)
 
 
 def write_split(root: Path, split: str, num_images: int, seed: int) -> None:
-    """Writes `num_images` images in COCO panoptic format.
-
-    The files are `root/<split>/NNNN.jpg`, `root/panoptic_<split>/NNNN.png` and `root/panoptic_<split>.json`. The JSON
-    file is written last: if it is there, the split is complete.
-    """
-    json_file = root / f"panoptic_{split}.json"
-    json_file.unlink(missing_ok=True)
-    for folder_ in (root / split, root / f"panoptic_{split}"):
-        folder_.mkdir(parents=True, exist_ok=True)
+    """Writes `root/<split>/NNNN.jpg`, `root/panoptic_<split>/NNNN.png`, and last `root/panoptic_<split>.json`."""
+    (root / f"panoptic_{split}.json").unlink(missing_ok=True)
+    (root / split).mkdir(parents=True, exist_ok=True)
+    (root / f"panoptic_{split}").mkdir(exist_ok=True)
     images, annotations = [], []
     for index in tqdm(range(num_images), desc=f"drawing shapes/{split}", unit="image", mininterval=0.5):
         image, id_map, segments_info = draw(seed, index)
-        name = f"{index:04d}"
-        Image.fromarray(image).save(root / split / f"{name}.jpg", quality=95)
-        annotation = {"image_id": index, "file_name": f"{name}.png", "segments_info": segments_info}
-        write(root / f"panoptic_{split}" / f"{name}.png", id_map, annotation)
         height, width = id_map.shape
-        images.append({"id": index, "file_name": f"{name}.jpg", "height": height, "width": width})
-        annotations.append(annotation)
-    write_json(json_file, images, annotations, CATEGORIES)
+        images.append({"id": index, "file_name": f"{index:04d}.jpg", "height": height, "width": width})
+        annotations.append({"image_id": index, "file_name": f"{index:04d}.png", "segments_info": segments_info})
+        Image.fromarray(image).save(root / split / images[-1]["file_name"], quality=95)
+        write(root / f"panoptic_{split}" / annotations[-1]["file_name"], id_map, annotations[-1])
+    write_json(root / f"panoptic_{split}.json", images, annotations, CATEGORIES)
 
 
 def folder(root: Path | None = None) -> Path:
@@ -287,31 +259,30 @@ def folder(root: Path | None = None) -> Path:
 
 
 def prepare(root: Path | None = None) -> Path:
-    """Draws the splits if they are not there and returns their folder, that of :func:`folder`."""
+    """Draws the splits if files are missing, and returns their folder, that of :func:`folder`."""
     target = folder(root)
     if _is_complete(target):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Each process draws into a folder of its own and renames it, so that processes do not disturb one another.
-    with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as scratch:
-        new = Path(scratch) / "new"
+    # Processes that run at the same time each draw into a folder of their own. The first to rename it wins.
+    with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as own:
         for split, (num_images, seed) in SPLITS.items():
-            write_split(new, split, num_images, seed)
+            write_split(Path(own, "new"), split, num_images, seed)
         try:
             if not _is_complete(target):
                 with contextlib.suppress(FileNotFoundError):
-                    os.rename(target, Path(scratch) / "broken")
-                os.rename(new, target)
+                    os.rename(target, Path(own, "broken"))
+                os.rename(Path(own, "new"), target)
         except OSError:
-            if not _is_complete(target):  # else another process was faster
+            if not _is_complete(target):
                 raise
     return target
 
 
 def _is_complete(folder: Path) -> bool:
     """Whether every split has its JSON file and all of its images."""
-    return all(
-        (folder / f"panoptic_{split}.json").is_file()
-        and all(len(list(images.glob("*"))) >= count for images in (folder / split, folder / f"panoptic_{split}"))
-        for split, (count, _) in SPLITS.items()
-    )
+    for split, (count, _) in SPLITS.items():
+        found = [len(list(folder.glob(files))) for files in (f"{split}/*", f"panoptic_{split}/*")]
+        if min(found) < count or not (folder / f"panoptic_{split}.json").is_file():
+            return False
+    return True
