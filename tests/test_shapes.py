@@ -1,5 +1,4 @@
 import json
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
