@@ -17,17 +17,18 @@ FILE = "model_final_ema.pth"
 
 
 class WeightAverage(HookBase):
-    """Keeps the averaged weights of the model in training, where SOLVER.EMA.ENABLED is set.
+    """Averages the weights of the model that is being trained (SOLVER.EMA.ENABLED).
 
-    After step t (from 1) the average moves toward the weights by 1 - d, where d is SOLVER.EMA.DECAY, or with
-    SOLVER.EMA.WARMUP the smaller of that and 1 - t^(-2/3). Parameters and the running statistics of batch norms are
-    averaged, counters copied. The average starts at the weights that training starts with. It is part of every
-    checkpoint, for `--resume`, and at the end of training it is also written as weights of its own to
-    `model_final_ema.pth`, which MODEL.WEIGHTS can name wherever it can name `model_final.pth`.
+    The average starts at the weights of the first step. After step t it moves toward the current weights by 1 - d,
+    where d is SOLVER.EMA.DECAY or, with SOLVER.EMA.WARMUP, the smaller of that and 1 - t^(-2/3). Parameters and the
+    running statistics of batch norms are averaged; counters are copied.
+
+    Each checkpoint contains the average, for `--resume`. The last step also writes it to `model_final_ema.pth` in
+    OUTPUT_DIR, which can be given as MODEL.WEIGHTS like `model_final.pth`.
 
     Args:
-        model: the model before it is compiled, checkpointed or wrapped for several processes; it is copied.
-        cfg: SOLVER.EMA and OUTPUT_DIR are read.
+        model: the model, which is copied, before it is compiled, checkpointed or wrapped for several processes.
+        cfg: a config, of which SOLVER.EMA and OUTPUT_DIR are read.
 
     Attributes:
         model: the averaged model, in evaluation mode.
@@ -46,19 +47,23 @@ class WeightAverage(HookBase):
         self.model: nn.Module = self._ema.module.requires_grad_(False)
 
     def before_train(self) -> None:
+        """Starts the average at the current weights, unless a checkpoint restored it."""
         if not self._restored:
             self._ema.set(_unwrapped(self.trainer.model))
 
     def after_step(self) -> None:
+        """Updates the average, and writes it after the last step."""
         step = self.trainer.iter + 1
         self._ema.update(_unwrapped(self.trainer.model), step=step)
         if step == self.trainer.max_iter and comm.is_main_process():
             torch.save({"model": self.model.state_dict()}, self._file)
 
     def state_dict(self) -> dict:
+        """Returns the averaged weights, which Detectron2 stores in checkpoints."""
         return self.model.state_dict()
 
     def load_state_dict(self, state_dict: dict) -> None:
+        """Restores averaged weights."""
         self.model.load_state_dict(state_dict)
         self._restored = True
 
