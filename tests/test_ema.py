@@ -6,12 +6,17 @@ import json
 import pytest
 import torch
 from detectron2.engine import HookBase
-from test_training import arguments, own_data, train_net  # noqa: F401
+from runs import arguments, train_net, write_own_data
 
 from kmax_d2.engine import Trainer, setup
 from kmax_d2.errors import UserError
 
 EMA = {"SOLVER__EMA__ENABLED": True, "SOLVER__EMA__DECAY": 0.5, "SOLVER__EMA__WARMUP": False}
+
+
+@pytest.fixture(scope="session")
+def own_data(tmp_path_factory):
+    return write_own_data(tmp_path_factory.mktemp("own"))
 
 
 class Recorder(HookBase):
@@ -24,7 +29,7 @@ class Recorder(HookBase):
         self.weights.append(copy.deepcopy(self.trainer.model.state_dict()))
 
 
-def trainer_for(own_data, output, iterations, **changes):  # noqa: F811
+def trainer_for(own_data, output, iterations, **changes):
     changes = EMA | {"OUTPUT_DIR": str(output), "SOLVER__MAX_ITER": iterations} | changes
     trainer = Trainer(setup(arguments(own_data, **changes)))
     recorder = Recorder()
@@ -54,7 +59,7 @@ def load(file):
         ({"SOLVER__EMA__WARMUP": True}, [1 - 2 ** (-2 / 3), 0.5]),  # 1 - 3^(-2/3) is more than the decay
     ],
 )
-def test_weights_and_statistics_are_averaged_over_the_steps(own_data, tmp_path, changes, decays):  # noqa: F811
+def test_weights_and_statistics_are_averaged_over_the_steps(own_data, tmp_path, changes, decays):
     trainer, recorder = trainer_for(own_data, tmp_path, 3, **changes)
     trainer.train()
     expected = average(recorder.weights, decays)
@@ -66,7 +71,7 @@ def test_weights_and_statistics_are_averaged_over_the_steps(own_data, tmp_path, 
         assert not torch.equal(raw[name], expected[name])
 
 
-def test_a_resumed_run_continues_the_average(own_data, tmp_path):  # noqa: F811
+def test_a_resumed_run_continues_the_average(own_data, tmp_path):
     first, _ = trainer_for(own_data, tmp_path, 2)
     first.train()
     kept = copy.deepcopy(first.average.model.state_dict())
@@ -79,7 +84,7 @@ def test_a_resumed_run_continues_the_average(own_data, tmp_path):  # noqa: F811
     torch.testing.assert_close(dict(second.average.model.state_dict()), expected)
 
 
-def test_an_average_enabled_later_starts_at_the_weights_of_the_checkpoint(own_data, tmp_path):  # noqa: F811
+def test_an_average_enabled_later_starts_at_the_weights_of_the_checkpoint(own_data, tmp_path):
     first, before = trainer_for(own_data, tmp_path, 1, SOLVER__EMA__ENABLED=False)
     first.train()
     assert not (tmp_path / "model_final_ema.pth").exists()
@@ -90,7 +95,7 @@ def test_an_average_enabled_later_starts_at_the_weights_of_the_checkpoint(own_da
     torch.testing.assert_close(dict(second.average.model.state_dict()), expected)
 
 
-def test_averaged_weights_are_evaluated_beside_the_raw_ones(own_data, tmp_path):  # noqa: F811
+def test_averaged_weights_are_evaluated_beside_the_raw_ones(own_data, tmp_path):
     trainer, _ = trainer_for(own_data, tmp_path, 2)
 
     class Sabotage(HookBase):
@@ -114,7 +119,7 @@ def test_averaged_weights_are_evaluated_beside_the_raw_ones(own_data, tmp_path):
     assert logged["ema/sem_seg/mIoU"] == pytest.approx(results["ema/sem_seg"]["mIoU"])
 
 
-def test_the_average_is_of_the_plain_model_where_blocks_are_checkpointed(own_data, tmp_path):  # noqa: F811
+def test_the_average_is_of_the_plain_model_where_blocks_are_checkpointed(own_data, tmp_path):
     trainer, recorder = trainer_for(own_data, tmp_path, 2, MODEL__KMAX__RECOMPUTE_BLOCKS=True)
     trainer.train()
     torch.testing.assert_close(dict(trainer.average.model.state_dict()), average(recorder.weights, [0.5]))
@@ -128,7 +133,7 @@ def test_the_average_is_of_the_plain_model_where_blocks_are_checkpointed(own_dat
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_command_line_trains_and_evaluates_averaged_weights(own_data, tmp_path, processes):  # noqa: F811
+def test_the_command_line_trains_and_evaluates_averaged_weights(own_data, tmp_path, processes):
     run = train_net(
         *(tmp_path, own_data, "--num-gpus", str(processes), "--dist-url", "auto"),
         **(EMA | {"SOLVER__MAX_ITER": 2, "SOLVER__CHECKPOINT_PERIOD": 1}),
@@ -146,6 +151,6 @@ def test_the_command_line_trains_and_evaluates_averaged_weights(own_data, tmp_pa
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
-def test_a_decay_outside_its_range_is_refused(own_data, tmp_path, decay):  # noqa: F811
+def test_a_decay_outside_its_range_is_refused(own_data, tmp_path, decay):
     with pytest.raises(UserError, match=r"SOLVER\.EMA\.DECAY"):
         trainer_for(own_data, tmp_path, 1, SOLVER__EMA__DECAY=decay)
