@@ -62,6 +62,7 @@ def load(file):
 def test_weights_and_statistics_are_averaged_over_the_steps(own_data, tmp_path, changes, decays):
     trainer, recorder = trainer_for(own_data, tmp_path, 3, **changes)
     trainer.train()
+    assert trainer.final_model is trainer.average.model
     expected = average(recorder.weights, decays)
     torch.testing.assert_close(dict(trainer.average.model.state_dict()), expected)
     torch.testing.assert_close(dict(load(tmp_path / "model_final_ema.pth")["model"]), expected)
@@ -87,6 +88,7 @@ def test_a_resumed_run_continues_the_average(own_data, tmp_path):
 def test_an_average_enabled_later_starts_at_the_weights_of_the_checkpoint(own_data, tmp_path):
     first, before = trainer_for(own_data, tmp_path, 1, SOLVER__EMA__ENABLED=False)
     first.train()
+    assert first.final_model is first.model
     assert not (tmp_path / "model_final_ema.pth").exists()
     second, after = trainer_for(own_data, tmp_path, 2)
     second.resume_or_load(resume=True)

@@ -65,14 +65,19 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
+    @property
+    def final_model(self) -> nn.Module:
+        """The model to use after training: the averaged one if there is one, else the one that was trained."""
+        return self.model if self.average is None else self.average.model
+
     def build_hooks(self) -> list[HookBase | None]:
         """Returns Detectron2's hooks; averaged weights are updated before they are saved and evaluated."""
         default = super().build_hooks()
         if self.average is None:
             return default
         evaluation = next(index for index, hook in enumerate(default) if isinstance(hook, EvalHook)) + 1
-        evaluate_average = EvalHook(self.cfg.TEST.EVAL_PERIOD, self._test_average)
-        return [self.average, *default[:evaluation], evaluate_average, *default[evaluation:]]
+        default.insert(evaluation, EvalHook(self.cfg.TEST.EVAL_PERIOD, self._test_average))
+        return [self.average, *default]
 
     def _test_average(self) -> dict:
         """Evaluates the averaged weights after the raw ones; task "ema/sem_seg" stands beside "sem_seg"."""
@@ -84,14 +89,18 @@ class Trainer(DefaultTrainer):
         return results
 
     def train(self) -> dict:
-        """Trains from start_iter to max_iter and returns the results of the last evaluation (in the main process)."""
+        """Trains from start_iter to max_iter.
+
+        Returns:
+            the results of the last evaluation, in the main process; empty if a subclass left evaluation out.
+        """
         log, hide = logging.getLogger(TrainerBase.__module__), HideUserErrors()
         log.addFilter(hide)
         try:
             super().train()
         finally:
             log.removeFilter(hide)
-        return self._last_eval_results
+        return getattr(self, "_last_eval_results", {})
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Loads weights as Detectron2 does; a resumed run continues with the next samples and new random numbers."""
