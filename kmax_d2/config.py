@@ -31,6 +31,11 @@ def add_kmax_config(cfg: CfgNode) -> None:
     cfg.SOLVER.POLY_POWER = 0.9
     cfg.SOLVER.WARMUP_ITERS = 5000
     cfg.SOLVER.AMP.PRECISION = "bfloat16"  # or "float16"; read where SOLVER.AMP.ENABLED
+    # Averaged weights, evaluated and saved beside the raw ones: see kmax_d2/engine/ema.py.
+    cfg.SOLVER.EMA = CfgNode()
+    cfg.SOLVER.EMA.ENABLED = False
+    cfg.SOLVER.EMA.DECAY = 0.9998  # share of the average that one step keeps
+    cfg.SOLVER.EMA.WARMUP = True  # smaller decay early on: 1 - step^(-2/3) until that reaches DECAY
 
     cfg.MODEL.META_ARCHITECTURE = "KMaXDeepLab"
     cfg.MODEL.BACKBONE.NAME = "KMaXResNet"

@@ -1,60 +1,34 @@
 """The real trainer on a real small dataset: through the command line, on one process and on two."""
 
-import argparse
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from runs import arguments, train_net, write_own_data
 from small import options
 
-from kmax_d2.data.datasets import shapes
 from kmax_d2.engine import Trainer, load_config, setup
 from kmax_d2.engine.optimizer import build_lr_scheduler, build_optimizer
 from kmax_d2.errors import UserError
 
-ROOT = Path(__file__).parents[1]
 TERMS = ["loss_pq_class", "loss_pq_mask", "loss_mask_id", "loss_instance"]
 LOSSES = TERMS + [f"{term}_{index}" for term in TERMS for index in range(6)] + ["loss_semantic"]
 
 
 @pytest.fixture(scope="session")
 def own_data(tmp_path_factory):
-    """A dataset in COCO panoptic format as its owner has it; gives the files of the training and test parts."""
-    folder = tmp_path_factory.mktemp("own")
-    for split, number, seed in (("train", 6, 3), ("val", 4, 4)):
-        shapes.write_split(folder, split, number, seed)
-    return {
-        split: [str(folder / split), str(folder / f"panoptic_{split}"), str(folder / f"panoptic_{split}.json")]
-        for split in ("train", "val")
-    }
-
-
-def train_net(output, own_data, *arguments, **changes):
-    command = [sys.executable, str(ROOT / "train_net.py"), "--train-data", *own_data["train"]]
-    command += ["--test-data", *own_data["val"], *arguments]
-    command += [str(part) for part in options(OUTPUT_DIR=output, **changes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return write_own_data(tmp_path_factory.mktemp("own"))
 
 
 def metrics(output):
-    """The latest value of everything that the run wrote."""
+    """Returns the last value of each metric that the run wrote."""
     latest = {}
     for line in (Path(output) / "metrics.json").read_text().splitlines():
         latest |= json.loads(line)
     return latest
-
-
-def arguments(own_data, **changes):
-    return argparse.Namespace(
-        config_file="", opts=options(**changes), train_data=own_data["train"], test_data=own_data["val"]
-    )
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +52,7 @@ def test_a_run_logs_every_loss_and_all_results_of_one_model(trained):
     assert (output / "model_final.pth").is_file()
 
 
-def test_resume_goes_on_where_the_run_stopped(trained, own_data):
+def test_resume_continues_where_the_run_stopped(trained, own_data):
     output, _ = trained
     before = torch.load(output / "model_final.pth", map_location="cpu", weights_only=True)
     run = train_net(output, own_data, "--resume", SOLVER__MAX_ITER=6)

@@ -1,4 +1,4 @@
-"""AdamW with decay on kernels alone, and the warm-up and polynomial schedule."""
+"""AdamW with weight decay on kernels only, and a polynomial learning rate schedule with linear warmup."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from fvcore.common.param_scheduler import CompositeParamScheduler, LinearParamScheduler, PolynomialDecayParamScheduler
 from torch import nn
 
-# Parameters that are no kernels, by the last part of their names.
+# Last part of the names of parameters that are not kernels; biases and norms are known to Detectron2.
 _NO_DECAY = ("centers", "query_positions", "key_positions", "value_positions", "gamma")
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW; the backbone's learning rate, and with it its decay, is SOLVER.BACKBONE_MULTIPLIER times the others'."""
+    """Builds AdamW with the options of SOLVER.
+
+    The backbone's learning rate, and with it its effective decay, is multiplied by SOLVER.BACKBONE_MULTIPLIER.
+    """
     solver = cfg.SOLVER
 
     def factor(name: str) -> float:
@@ -34,7 +37,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
-    """From 0 to the base rate over SOLVER.WARMUP_ITERS, then base · (1 - step / total)^power of the global step."""
+    """Builds a linear warmup from 0 over SOLVER.WARMUP_ITERS, then base · (1 - step / MAX_ITER)^POLY_POWER."""
     solver = cfg.SOLVER
     poly = PolynomialDecayParamScheduler(1.0, solver.POLY_POWER)
     warmup = min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0)

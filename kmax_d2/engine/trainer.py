@@ -6,15 +6,17 @@ import contextlib
 import logging
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.defaults import create_ddp_model
+from detectron2.engine.hooks import EvalHook
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
@@ -26,37 +28,28 @@ from ..data import MAPPER_REGISTRY, PanopticTestMapper, SkipBroken, WithPasteSou
 from ..errors import HideUserErrors, UserError
 from ..evaluation import build_evaluator
 from ..speed import require_precision, training_model, use_precision
+from .ema import WeightAverage
 from .optimizer import build_lr_scheduler, build_optimizer
 from .train_loop import TrainLoop
 
 
-@contextlib.contextmanager
-def _needs_files_of(dataset_names: Sequence[str]) -> Iterator[None]:
-    """Says in one line that a dataset is not on disk, where Detectron2's loaders meet a file that is not there."""
-    try:
-        yield
-    except (FileNotFoundError, AssertionError) as error:
-        root = os.environ.get("DETECTRON2_DATASETS", "datasets")
-        raise UserError(
-            f"the dataset {', '.join(dataset_names)} is not on disk ({error}); Detectron2's own datasets belong below "
-            f"DETECTRON2_DATASETS, now {root}"
-        ) from error
-
-
-logging.getLogger(TrainerBase.__module__).addFilter(HideUserErrors())
-
-
 class Trainer(DefaultTrainer):
-    """Everything that :class:`~detectron2.engine.DefaultTrainer` offers can be overridden here too."""
+    """Trains and evaluates a model; subclasses can override what :class:`~detectron2.engine.DefaultTrainer` lets them.
+
+    Attributes:
+        average: the hook that keeps the averaged weights; None without SOLVER.EMA.ENABLED.
+    """
 
     def __init__(self, cfg: CfgNode):
-        # DefaultTrainer's own would put the model on a GPU's process group and take Detectron2's checkpointer.
+        # DefaultTrainer's constructor assumes a GPU for several processes and creates Detectron2's checkpointer.
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         require_precision(cfg.MODEL.KMAX.TEST.PRECISION)  # now, not at the first evaluation
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
-        model = training_model(self.build_model(cfg), cfg)
+        model = self.build_model(cfg)
+        self.average = WeightAverage(model, cfg) if cfg.SOLVER.EMA.ENABLED else None
+        model = training_model(model, cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
@@ -71,8 +64,45 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
+    @property
+    def final_model(self) -> nn.Module:
+        """The model to use after training: the averaged one if there is one, else the one that was trained."""
+        return self.model if self.average is None else self.average.model
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """Returns Detectron2's hooks; averaged weights are updated before they are saved and evaluated."""
+        default = super().build_hooks()
+        if self.average is None:
+            return default
+        evaluation = next(index for index, hook in enumerate(default) if isinstance(hook, EvalHook)) + 1
+        default.insert(evaluation, EvalHook(self.cfg.TEST.EVAL_PERIOD, self._test_average))
+        return [self.average, *default]
+
+    def _test_average(self) -> dict:
+        """Evaluates the averaged weights after the raw ones; task "ema/sem_seg" stands beside "sem_seg"."""
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "ema")
+        results = {f"ema/{task}": metrics for task, metrics in self.test(cfg, self.average.model).items()}
+        self._last_eval_results |= results
+        return results
+
+    def train(self) -> dict:
+        """Trains from start_iter to max_iter.
+
+        Returns:
+            the results of the last evaluation, in the main process; empty if a subclass left evaluation out.
+        """
+        log, hide = logging.getLogger(TrainerBase.__module__), HideUserErrors()
+        log.addFilter(hide)
+        try:
+            super().train()
+        finally:
+            log.removeFilter(hide)
+        return getattr(self, "_last_eval_results", {})
+
     def resume_or_load(self, resume: bool = True) -> None:
-        """As Detectron2's; a resumed run's data go on in their order, and its randomness is not that of its start."""
+        """Loads weights as Detectron2 does; a resumed run continues with the next samples and new random numbers."""
         try:
             super().resume_or_load(resume)
         except UserError as error:
@@ -89,19 +119,22 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """Returns the optimizer of :func:`~kmax_d2.engine.optimizer.build_optimizer`."""
         return build_optimizer(cfg, model)
 
     @classmethod
-    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
+        """Returns the scheduler of :func:`~kmax_d2.engine.optimizer.build_lr_scheduler`."""
         return build_lr_scheduler(cfg, optimizer)
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode):
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict]]:
+        """Returns endless batches of mapped training records. Raises UserError if a dataset is not on disk."""
         mapper = MAPPER_REGISTRY.get(cfg.INPUT.DATASET_MAPPER_NAME)(cfg)
         with _needs_files_of(cfg.DATASETS.TRAIN):
             dataset = training_records(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
         if isinstance(dataset, list):
-            dataset = DatasetFromList(dataset, copy=False)  # in memory that all workers share
+            dataset = DatasetFromList(dataset, copy=False)  # shared by all workers
         if cfg.INPUT.COPY_PASTE:
             dataset = WithPasteSource(dataset)
         if cfg.INPUT.SKIP_BROKEN:
@@ -109,17 +142,32 @@ class Trainer(DefaultTrainer):
         return build_detection_train_loader(cfg, mapper=mapper, dataset=dataset)
 
     @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
+        """Returns the test images of a dataset. Raises UserError if it is not on disk."""
         with _needs_files_of([dataset_name]):
             return build_detection_test_loader(cfg, dataset_name, mapper=PanopticTestMapper(cfg))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
+        """Returns the evaluators of a dataset, which write below OUTPUT_DIR/inference."""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
         return build_evaluator(cfg, dataset_name, folder)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Sequence[DatasetEvaluator] | None = None) -> dict:
-        """As Detectron2's, in the precision that MODEL.KMAX.TEST.PRECISION names."""
+        """Evaluates as Detectron2 does, in the precision MODEL.KMAX.TEST.PRECISION."""
         with use_precision(cfg.MODEL.KMAX.TEST.PRECISION, cfg.MODEL.DEVICE):
             return super().test(cfg, model, evaluators)
+
+
+@contextlib.contextmanager
+def _needs_files_of(dataset_names: Sequence[str]) -> Iterator[None]:
+    """Turns the errors of Detectron2's loaders about missing files into one clear line."""
+    try:
+        yield
+    except (FileNotFoundError, AssertionError) as error:
+        root = os.environ.get("DETECTRON2_DATASETS", "datasets")
+        raise UserError(
+            f"the dataset {', '.join(dataset_names)} is not on disk ({error}); Detectron2's own datasets belong below "
+            f"DETECTRON2_DATASETS, now {root}"
+        ) from error

@@ -1,0 +1,72 @@
+"""Averaged weights: an exponential moving average (EMA) of all weights and batch statistics over training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from ..errors import UserError
+
+FILE = "model_final_ema.pth"
+
+
+class WeightAverage(HookBase):
+    """Averages the weights of the model that is being trained (SOLVER.EMA.ENABLED).
+
+    The average starts at the weights of the first step. After step t it moves toward the current weights by 1 - d,
+    where d is SOLVER.EMA.DECAY or, with SOLVER.EMA.WARMUP, the smaller of that and 1 - t^(-2/3). Parameters and the
+    running statistics of batch norms are averaged; counters are copied.
+
+    Each checkpoint contains the average, for `--resume`. The last step also writes it to `model_final_ema.pth` in
+    OUTPUT_DIR, which can be given as MODEL.WEIGHTS like `model_final.pth`.
+
+    Args:
+        model: the model, which is copied, before it is compiled, checkpointed or wrapped for several processes.
+        cfg: a config, of which SOLVER.EMA and OUTPUT_DIR are read.
+
+    Attributes:
+        model: the averaged model, in evaluation mode.
+
+    Raises:
+        UserError: the decay is not in [0, 1).
+    """
+
+    def __init__(self, model: nn.Module, cfg: CfgNode):
+        options = cfg.SOLVER.EMA
+        if not 0 <= options.DECAY < 1:
+            raise UserError(f"SOLVER.EMA.DECAY is {options.DECAY}, but it must be at least 0 and less than 1")
+        self._ema = ModelEmaV3(model, decay=options.DECAY, use_warmup=options.WARMUP)
+        self._file = Path(cfg.OUTPUT_DIR) / FILE
+        self._restored = False
+        self.model: nn.Module = self._ema.module.requires_grad_(False)
+
+    def before_train(self) -> None:
+        """Starts the average at the current weights, unless a checkpoint restored it."""
+        if not self._restored:
+            self._ema.set(_unwrapped(self.trainer.model))
+
+    def after_step(self) -> None:
+        """Updates the average, and writes it after the last step."""
+        step = self.trainer.iter + 1
+        self._ema.update(_unwrapped(self.trainer.model), step=step)
+        if step == self.trainer.max_iter and comm.is_main_process():
+            torch.save({"model": self.model.state_dict()}, self._file)
+
+    def state_dict(self) -> dict:
+        """Returns the averaged weights, which Detectron2 stores in checkpoints."""
+        return self.model.state_dict()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restores averaged weights."""
+        self.model.load_state_dict(state_dict)
+        self._restored = True
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
