@@ -48,6 +48,7 @@ setup(
     ],
     extras_require={
         "cityscapes": ["cityscapesscripts"],
-        "dev": ["cityscapesscripts", "pytest>=7", "ruff"],
+        "dev": ["cityscapesscripts", "mypy", "pytest>=7", "ruff"],
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
     },
 )

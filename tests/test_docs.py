@@ -1,5 +1,6 @@
 """The documentation against the repository: links, options, and names that a reader will look for."""
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
@@ -68,7 +69,7 @@ def test_the_configuration_page_has_every_option_with_its_default():
         value = ours
         for part in name.split("."):
             value = value[part]
-        assert eval(default) == value, name
+        assert ast.literal_eval(default) == value, name
         assert f"| `{name.rpartition('.')[2]}` | `{default}` |" in HOOKS.tables()
     assert HOOKS.MARKER in (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
 
