@@ -7,7 +7,7 @@ from detectron2.config import CfgNode
 
 def add_kmax_config(cfg: CfgNode) -> None:
     """Adds the options of kMaX-DeepLab to a Detectron2 config, in place."""
-    cfg.INPUT.FORMAT = "RGB"  # channel order of the images that the model gets: "RGB" or "BGR"
+    cfg.INPUT.FORMAT = "RGB"  # channel order of the images; nothing else is supported
     cfg.INPUT.DATASET_MAPPER_NAME = "PanopticTrainMapper"  # training mapper, by its name in MAPPER_REGISTRY
     cfg.INPUT.CROP_SIZE = [1281, 1281]  # height and width of training crops and padded test images, in pixels
     cfg.INPUT.FIT_CROP = True  # resize each image to just fit the crop, before any random scaling
@@ -32,6 +32,10 @@ def add_kmax_config(cfg: CfgNode) -> None:
     cfg.SOLVER.POLY_POWER = 0.9  # the learning rate falls as (1 - iteration / MAX_ITER) ** POLY_POWER
     cfg.SOLVER.WARMUP_ITERS = 5000  # iterations in which the learning rate rises linearly from 0
     cfg.SOLVER.AMP.PRECISION = "bfloat16"  # or "float16"; used only if SOLVER.AMP.ENABLED
+    cfg.SOLVER.EMA = CfgNode()
+    cfg.SOLVER.EMA.ENABLED = False  # average the weights over training, then evaluate and save both kinds
+    cfg.SOLVER.EMA.DECAY = 0.9998  # fraction of the average that one step keeps, from 0 to below 1
+    cfg.SOLVER.EMA.WARMUP = True  # start with a smaller decay: 1 - step ** (-2/3) until that reaches DECAY
 
     cfg.MODEL.META_ARCHITECTURE = "KMaXDeepLab"  # the whole model, by its name in META_ARCH_REGISTRY
     # Backbone: "KMaXResNet", "KMaXMaXS", "KMaXConvNeXt", "KMaXTimm", or any other name in BACKBONE_REGISTRY.
@@ -41,7 +45,7 @@ def add_kmax_config(cfg: CfgNode) -> None:
 
     kmax = cfg.MODEL.KMAX = CfgNode()
     kmax.NUM_CLASSES = 133  # classes without void; 0 takes the number from the dataset, as your own data always do
-    kmax.RECOMPUTE_BLOCKS = False  # activation checkpointing: less memory in training for more time
+    kmax.CHECKPOINT_BLOCKS = False  # activation checkpointing: less memory in training for more time
     # Batch norm of all parts, by Detectron2's name; "SyncBN" becomes "naiveSyncBN" on a CPU or in a single process.
     kmax.NORM = "SyncBN"
     # Mode of torch.compile: "" for none, "default", or, with CUDA graphs for inputs of a fixed size,
