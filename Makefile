@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-all lint install clean
+.PHONY: quickstart test test-all lint docs install clean
 
 quickstart: $(STAMP)
 	$(BIN)/python -m kmax_d2.tools.quickstart
@@ -17,7 +17,15 @@ test-all: $(STAMP)
 	$(BIN)/python -m pytest
 
 lint: $(STAMP)
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# A broken link, or anything public without a docstring, is an error.
+docs: $(STAMP)
+	@$(BIN)/python -c "import mkdocstrings, material" 2>/dev/null || $(PIP) install -e ".[docs]"
+	$(BIN)/ruff check --select D100,D101,D102,D103 kmax_d2
+	$(BIN)/mkdocs build --strict
 
 install: $(STAMP)
 
