@@ -19,7 +19,8 @@ from numpy.random import Generator
 from PIL import Image
 from tqdm import tqdm
 
-from ..panoptic_png import describe, write, write_json
+from ...files import write_json
+from ..panoptic_png import describe, write
 
 VERSION = 3  # Increase it whenever the drawings change, so that an older cache is not used.
 SPLITS = {"train": (1000, 0), "val": (100, 1)}  # name: (number of images, seed)
@@ -241,7 +242,8 @@ def write_split(root: Path, split: str, num_images: int, seed: int) -> None:
     (root / f"panoptic_{split}.json").unlink(missing_ok=True)
     (root / split).mkdir(parents=True, exist_ok=True)
     (root / f"panoptic_{split}").mkdir(exist_ok=True)
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for index in tqdm(range(num_images), desc=f"drawing shapes/{split}", unit="image", mininterval=0.5):
         image, id_map, segments_info = draw(seed, index)
         height, width = id_map.shape
@@ -249,7 +251,8 @@ def write_split(root: Path, split: str, num_images: int, seed: int) -> None:
         annotations.append({"image_id": index, "file_name": f"{index:04d}.png", "segments_info": segments_info})
         Image.fromarray(image).save(root / split / images[-1]["file_name"], quality=95)
         write(root / f"panoptic_{split}" / annotations[-1]["file_name"], id_map, annotations[-1])
-    write_json(root / f"panoptic_{split}.json", images, annotations, CATEGORIES)
+    content = {"images": images, "annotations": annotations, "categories": CATEGORIES}
+    write_json(root / f"panoptic_{split}.json", content)
 
 
 def folder(root: Path | None = None) -> Path:
