@@ -6,13 +6,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from detectron2.modeling import build_backbone
-from kmax_d2.modeling.bottleneck import Bottleneck
 from torch import nn
 
 from kmax_d2.engine import load_config
 from kmax_d2.errors import UserError
 from kmax_d2.modeling.axial_attention import AxialBlock
 from kmax_d2.modeling.backbones import KMaXConvNeXt, KMaXMaXS
+from kmax_d2.modeling.residual import Bottleneck
 
 
 def small_max_s(**options):
@@ -143,5 +143,5 @@ def test_convnext_has_timms_names(size):
 def test_wrong_number_of_stages():
     with pytest.raises(UserError, match="four stages"):
         small_convnext(widths=(8, 16, 24))
-    with pytest.raises(UserError, match="stem of three"):
+    with pytest.raises(UserError, match="STEM_WIDTHS needs three values"):
         small_max_s(stem_widths=(8, 8))

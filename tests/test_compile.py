@@ -8,8 +8,6 @@ import sys
 import pytest
 import torch
 from detectron2.modeling import build_model
-from kmax_d2.modeling.compile import compile_model
-from kmax_d2.modeling.fold import fold_batch_norms
 from small import options, randomize_norms
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
@@ -18,6 +16,7 @@ from torch._inductor.cudagraph_trees import MarkStepBox
 from kmax_d2.engine import Trainer, load_config
 from kmax_d2.engine.setup import choose_device
 from kmax_d2.errors import UserError
+from kmax_d2.speed import compile_model, fold_batch_norms
 from kmax_d2.tools.made_up import made_up_segments
 
 SIZES = [(65, 65), (65, 97), (129, 97)]

@@ -7,8 +7,12 @@ from small import build, plain_norm, randomize_norms
 from torch import nn
 
 from kmax_d2.modeling import CROSS_ATTENTION_REGISTRY
-from kmax_d2.modeling.cross_attention import SharedSoftmaxCrossAttention, SoftmaxCrossAttention
-from kmax_d2.modeling.kmeans import GumbelCrossAttention, KMeansCrossAttention
+from kmax_d2.modeling.cross_attention import (
+    GumbelCrossAttention,
+    SharedSoftmaxCrossAttention,
+    SoftmaxCrossAttention,
+)
+from kmax_d2.modeling.kmeans import KMeansCrossAttention
 
 NAMES = ["KMeansCrossAttention", "GumbelCrossAttention", "SoftmaxCrossAttention", "SharedSoftmaxCrossAttention"]
 

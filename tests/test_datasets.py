@@ -15,7 +15,7 @@ from kmax_d2.data.datasets.ade20k import CATEGORIES
 from kmax_d2.engine import load_config
 from kmax_d2.engine.setup import prepare_datasets
 from kmax_d2.errors import UserError
-from kmax_d2.modeling.kmax_deeplab import thing_classes
+from kmax_d2.modeling.build import thing_mask
 
 # In Mask2Former's layout and COCO's: dataset, image folder, PNG folder, JSON file.
 LAYOUT = {
@@ -151,6 +151,7 @@ def test_records_below_the_folder_of_the_environment(tmp_path):
 def test_things_of_a_config(config, things, some):
     cfg = load_config(config)
     prepare_datasets(cfg)  # checks that its datasets exist and agree in their classes
-    known = thing_classes(cfg)
-    assert len(known) == things
-    assert {index: index in known for index in some} == some
+    known = thing_mask(cfg)
+    assert len(known) == cfg.MODEL.KMAX.NUM_CLASSES
+    assert sum(known) == things
+    assert {index: known[index] for index in some} == some

@@ -6,12 +6,12 @@ import pytest
 import reference
 import torch
 from detectron2.modeling import build_model
-from kmax_d2.modeling.fold import fold_batch_norms
 from small import options, randomize_norms
 from test_forward import MODELS, TOLERANCE, compute, error_of, official_model, stages, thinning
 from torch import nn
 
 from kmax_d2.engine import load_config
+from kmax_d2.speed import fold_batch_norms
 
 # Parts whose norms are of a kind of their own or too small to matter.
 KEPT = ("semantic_head", "attention", "predictor.mask_norm", "cross_attention.norm")

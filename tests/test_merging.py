@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
+from kmax_d2.errors import UserError
 from kmax_d2.modeling.merging import MaskWiseMerging, count_values, count_without_waiting
-from kmax_d2.modeling.top_two import top_two_by_strips
+from kmax_d2.modeling.top_two import top_two_queries
 
 
 def same_partition(first, second):
@@ -262,7 +263,7 @@ def test_query_scores():
 
 @pytest.mark.parametrize("threshold", [0.0, 0.2, 0.333])
 def test_pixel_threshold_below_a_third_is_refused(threshold):
-    with pytest.raises(ValueError, match="1/3"):
+    with pytest.raises(UserError, match="1/3"):
         MaskWiseMerging(IS_THING, pixel_threshold=threshold)
 
 
@@ -285,7 +286,7 @@ def test_nothing_waits_for_a_gpu_but_the_one_transfer():
         with pytest.raises(DynamicOutputShapeException):
             mask_logits.nonzero()
         assert merging._mask_score(mask_logits).shape == (6,)
-        top_two = top_two_by_strips(mask_logits, (33, 41), (1.0, 1.0))
+        top_two = top_two_queries(mask_logits, (33, 41), (1.0, 1.0))
         masks, area, overlap = merging._masks(top_two, 6)
         assert area.shape == (6,) and overlap.shape == (6, 6)
         maps = merging._paint(masks, torch.zeros(3, 7, dtype=torch.int64, device="cuda"))

@@ -6,8 +6,6 @@ import programs
 import pytest
 import torch
 from detectron2.modeling import build_model
-from kmax_d2.engine.precision import use_precision
-from kmax_d2.modeling.fold import fold_batch_norms
 from small import options, randomize_norms
 from torch import nn
 
@@ -15,6 +13,7 @@ import kmax_d2
 from kmax_d2.data.datasets import shapes
 from kmax_d2.engine import Trainer, load_config, ready_config
 from kmax_d2.errors import UserError
+from kmax_d2.speed import fold_batch_norms, use_precision
 from kmax_d2.tools import pseudo_label
 
 WEIGHTS = str(Path(kmax_d2.__file__).parent / "assets" / "quickstart.pth")

@@ -37,12 +37,12 @@ from tqdm import tqdm
 
 from ..data.mapper import PanopticTestMapper
 from ..data.panoptic_png import describe, read_annotation, write, write_json
-from ..data.parallel import parallel_map
 from ..engine import launch, load_predictor, ready_config
 from ..engine.setup import PANOPTIC_ONLY, dataset_metadata
 from ..errors import UserError
 from ..files import make_folder, whole_file
 from ..images import images_in
+from ..parallel import parallel_map
 from ..speed import require_precision, use_precision
 
 
