@@ -81,6 +81,7 @@ class Criterion(nn.Module):
 
     @classmethod
     def from_config(cls, cfg) -> dict:
+        """Reads the constructor's arguments from a config."""
         return keyword_arguments(cfg.MODEL.KMAX.LOSS) | {"is_thing": thing_mask(cfg)}
 
     def forward(
@@ -140,7 +141,7 @@ class Criterion(nn.Module):
             losses |= {f"{name}_{index - 1}": values[index] for name, values in means.items()}
         return losses
 
-    def _semantic_losses(self, logits: torch.Tensor, targets: Targets, size: tuple[int, int]) -> torch.Tensor:
+    def _semantic_losses(self, logits: torch.Tensor, targets: Targets, size: Sequence[int]) -> torch.Tensor:
         if self.semantic_hard_share > 0:
             step = (size[0] - 1) // (logits.shape[2] - 1)
             ids = targets.segment_ids.unflatten(1, size)[:, ::step, ::step].flatten(1)
@@ -153,7 +154,7 @@ class Criterion(nn.Module):
 
 
 def make_targets(
-    segment_ids: Sequence[torch.Tensor], classes: Sequence[torch.Tensor], size: tuple[int, int], stride: int
+    segment_ids: Sequence[torch.Tensor], classes: Sequence[torch.Tensor], size: Sequence[int], stride: int
 ) -> Targets:
     """Reads id maps at every `stride`-th pixel, renumbers the masks that are left and counts all their pixels.
 

@@ -39,7 +39,7 @@ class SoftmaxCrossAttention(nn.Module):
         return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
     def keys_and_values(self, query: torch.Tensor, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the centers read: keys (B, M, key_channels) and values (B, M, C) of M places."""
+        """What the centers read: keys (B, M, key_channels) and values (B, M, C) of M positions."""
         return flatten_pixels(self.key(pixels)), flatten_pixels(self.value(pixels))
 
     def forward(self, query: torch.Tensor, pixels: torch.Tensor, mask_logits: torch.Tensor) -> torch.Tensor:
@@ -63,6 +63,7 @@ class SharedSoftmaxCrossAttention(SoftmaxCrossAttention):
         self.center_value = LinearBN(channels, channels, norm=norm, init_std=channels**-0.5)
 
     def keys_and_values(self, query: torch.Tensor, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of the pixels, then of the N centers: M = H · W + N."""
         keys, values = super().keys_and_values(query, pixels)
         return torch.cat([keys, self.center_key(query)], 1), torch.cat([values, self.center_value(query)], 1)
 
@@ -76,6 +77,7 @@ class GumbelCrossAttention(KMeansCrossAttention):
     """
 
     def cluster_sums(self, mask_logits: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """(B, N, H, W) logits and (B, C, H, W) values to sums (B, N, C), of sampled assignments in training."""
         if not self.training:
             return super().cluster_sums(mask_logits, values)
         assignment = F.gumbel_softmax(mask_logits.flatten(2), hard=True, dim=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,13 +87,13 @@ class KMaXDecoderLayer(nn.Module):
         channels: int,
         num_classes: int,
         *,
-        cross_attention: str,
-        ffn_channels: int,
-        key_channels: int,
-        num_heads: int,
-        feature_channels: int,
-        drop_path: float,
         norm: str,
+        cross_attention: str = "KMeansCrossAttention",
+        ffn_channels: int = 2048,
+        key_channels: int = 128,
+        num_heads: int = 8,
+        feature_channels: int = 128,
+        drop_path: float = 0.2,
     ):
         super().__init__()
         self.act = nn.GELU()
@@ -139,8 +140,10 @@ class KMaXTransformerDecoder(nn.Module):
         num_classes: K, without void.
         decoders: number of decoders on each of the first maps.
         training_queries: drop query, the number of centers that a training iteration draws; 0 takes all.
-        channels, cross_attention, ffn_channels, key_channels, num_heads, feature_channels, drop_path, norm: see
-            :class:`KMaXDecoderLayer`.
+        channels: channels of the centers.
+        feature_channels: channels of the predictors' pixel features.
+        norm: name of the batch norm.
+        layer: the other keyword arguments of :class:`KMaXDecoderLayer`.
     """
 
     @configurable
@@ -153,13 +156,9 @@ class KMaXTransformerDecoder(nn.Module):
         decoders: Sequence[int] = (2, 2, 2),
         training_queries: int = 0,
         channels: int = 256,
-        cross_attention: str = "KMeansCrossAttention",
-        ffn_channels: int = 2048,
-        key_channels: int = 128,
-        num_heads: int = 8,
         feature_channels: int = 128,
-        drop_path: float = 0.2,
         norm: str = "SyncBN",
+        **layer: Any,
     ):
         super().__init__()
         if len(decoders) > len(input_shape):
@@ -180,13 +179,9 @@ class KMaXTransformerDecoder(nn.Module):
                 input_shape[index].channels,
                 channels,
                 num_classes,
-                cross_attention=cross_attention,
-                ffn_channels=ffn_channels,
-                key_channels=key_channels,
-                num_heads=num_heads,
                 feature_channels=feature_channels,
-                drop_path=drop_path,
                 norm=norm,
+                **layer,
             )
             for index in self.map_of_layer
         )
@@ -203,6 +198,7 @@ class KMaXTransformerDecoder(nn.Module):
 
     @classmethod
     def from_config(cls, cfg, input_shape: Sequence[ShapeSpec]) -> dict:
+        """Reads the constructor's arguments from a config."""
         kmax = cfg.MODEL.KMAX
         options = keyword_arguments(kmax.TRANSFORMER_DECODER)
         return {"input_shape": input_shape, "num_classes": kmax.NUM_CLASSES, "norm": kmax.NORM} | options

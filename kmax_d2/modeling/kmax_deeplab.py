@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from detectron2.config import configurable
@@ -72,6 +73,7 @@ class KMaXDeepLab(nn.Module):
 
     @classmethod
     def from_config(cls, cfg) -> dict:
+        """Reads the constructor's arguments from a config."""
         kmax = cfg.MODEL.KMAX
         if kmax.NUM_CLASSES < 1:
             raise UserError("MODEL.KMAX.NUM_CLASSES is not set, and only kmax_d2.engine.setup takes it from a dataset")
@@ -109,9 +111,10 @@ class KMaXDeepLab(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the model is."""
         return self.pixel_mean.device
 
-    def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
+    def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[Results]:
         """Detectron2's interface.
 
         Args:
@@ -127,7 +130,7 @@ class KMaXDeepLab(nn.Module):
         images = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
         if self.training:
             return self._losses(images, batched_inputs)
-        results: list[Results | None] = [None] * len(images)
+        results: dict[int, Results] = {}
         # Images of one padded size go through the network together: padding never depends on a neighbor.
         groups: dict[tuple[int, int], list[int]] = {}
         for index, image in enumerate(images):
@@ -142,10 +145,10 @@ class KMaXDeepLab(nn.Module):
                     original = inputs.get("height", real[0]), inputs.get("width", real[1])
                     logits = prediction.class_logits[row], prediction.mask_logits[row]
                     results[index] = self.postprocessor(*logits, size, real, original)
-        return results
+        return [results[index] for index in range(len(images))]
 
     @torch.no_grad()
-    def predict(self, images: torch.Tensor, auxiliary: bool = False) -> dict[str, torch.Tensor]:
+    def predict(self, images: torch.Tensor, auxiliary: bool = False) -> dict[str, Any]:
         """Runs the network alone, in inference mode whatever mode the model is in.
 
         Args:
@@ -176,7 +179,7 @@ class KMaXDeepLab(nn.Module):
                 "pixel_feature": prediction.pixel_feature[..., :h, :w],
             }
 
-        result = cropped(final)
+        result: dict[str, Any] = cropped(final)
         if auxiliary:
             result["auxiliary"] = [cropped(prediction) for prediction in others]
         return result
@@ -198,8 +201,8 @@ class KMaXDeepLab(nn.Module):
         return self.transformer_decoder(self.pixel_decoder(self.backbone(batch)), auxiliary_classes)
 
     def _losses(self, images: list[torch.Tensor], batched_inputs: list[dict]) -> dict[str, torch.Tensor]:
-        size = tuple(padded_side(max(image.shape[axis] for image in images)) for axis in (1, 2))
-        features = self.backbone(self._batch(images, size))
+        height, width = (padded_side(max(image.shape[axis] for image in images)) for axis in (1, 2))
+        features = self.backbone(self._batch(images, (height, width)))
         semantic_logits = self.semantic_head(features) if self.semantic_head is not None else None
         final, auxiliary = self.transformer_decoder(self.pixel_decoder(features))
         targets = make_targets(

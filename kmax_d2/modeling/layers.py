@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from detectron2.layers import get_norm as d2_norm
@@ -72,6 +74,7 @@ class ConvBN(nn.Module):
         self.act = nn.Identity() if act_layer is None else act_layer()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) to (B, C', H', W')."""
         return self.act(self.norm(self.conv(x)))
 
 
@@ -98,6 +101,7 @@ class LinearBN(nn.Module):
             truncated_normal_(self.linear.weight, init_std)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, C) to (B, N, C')."""
         return self.act(norm_vectors(self.norm, self.linear(x)))
 
 
@@ -121,7 +125,7 @@ def flatten_pixels(x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def resize(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resize(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Bilinear resize of (B, C, H, W) to (B, C, *size) with aligned corners, the model's only kind."""
     if tuple(x.shape[-2:]) == tuple(size):
         return x

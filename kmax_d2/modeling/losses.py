@@ -5,6 +5,8 @@ Each function gives one value for each image, (B,), before its weight.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -43,7 +45,7 @@ def pq_class_loss(
     return _mean_of_nonzero(losses * weight)
 
 
-def matched_log_probability(mask_logits: torch.Tensor, matching: Matching, size: tuple[int, int]) -> torch.Tensor:
+def matched_log_probability(mask_logits: torch.Tensor, matching: Matching, size: Sequence[int]) -> torch.Tensor:
     """Log-softmax over the queries of resized mask logits, of the matched queries alone.
 
     Only the mask logits are kept for the backward pass, which computes the rest again.
@@ -133,7 +135,7 @@ def _log_partition(features: torch.Tensor) -> torch.Tensor:
     return (features @ features.T / TEMPERATURE).logsumexp(1)
 
 
-def sample_features(feature_map: torch.Tensor, pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def sample_features(feature_map: torch.Tensor, pixels: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Features at some pixels of the resized map, without resizing it all (bilinear, aligned corners).
 
     Args:

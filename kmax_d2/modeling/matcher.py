@@ -50,8 +50,8 @@ class Matching(NamedTuple):
         """The same for `count` batches, one after the other."""
         batch = len(self.void_share)
         first_image = torch.arange(count, device=self.image.device).repeat_interleave(len(self.image)) * batch
-        pairs = [part.repeat(count) for part in self[:-1]]
-        return Matching(pairs[0] + first_image, *pairs[1:], self.void_share.repeat(count, 1))
+        image, segment, query, dice, probability = (part.repeat(count) for part in self[:-1])
+        return Matching(image + first_image, segment, query, dice, probability, self.void_share.repeat(count, 1))
 
 
 def one_hot_masks(targets: Targets) -> torch.Tensor:
@@ -84,11 +84,11 @@ def match(class_logits: torch.Tensor, mask_logits: torch.Tensor, targets: Target
     # One transfer for the batch; scipy wants the costs on the host, and finite: a loss says better what is wrong.
     similarity = (dice * class_probability).nan_to_num().cpu().numpy()
     counts = (targets.classes != VOID).sum(1).tolist()
-    pairs = []
-    for image, count in enumerate(counts):
-        queries, segments = linear_sum_assignment(similarity[image, :, :count], maximize=True)
-        pairs.extend((image, segment, query) for segment, query in zip(segments, queries, strict=True))
-    pairs = torch.as_tensor(pairs, dtype=torch.int64).reshape(-1, 3).to(mask_logits.device)
+    rows: list[tuple[int, int, int]] = []
+    for index, count in enumerate(counts):
+        queries, segments = linear_sum_assignment(similarity[index, :, :count], maximize=True)
+        rows.extend((index, segment, query) for segment, query in zip(segments.tolist(), queries.tolist(), strict=True))
+    pairs = torch.as_tensor(rows, dtype=torch.int64).reshape(-1, 3).to(mask_logits.device)
     image, segment, query = pairs.unbind(1)
     return Matching(
         image,

@@ -117,6 +117,7 @@ class MaskWiseMerging:
 
     @classmethod
     def from_config(cls, cfg) -> dict:
+        """Reads the constructor's arguments from a config."""
         test = cfg.MODEL.KMAX.TEST
         options = {name.lower(): test[name] for name in OPTIONS} | {"is_thing": thing_mask(cfg)}
         if not test.MERGE_AT_CROP:
@@ -188,25 +189,25 @@ class MaskWiseMerging:
         is_thing = self.is_thing[query_class.long()]
         threshold = torch.where(is_thing, self.thing_threshold, self.stuff_threshold)
         candidates = (confidence >= threshold) & (area > 0)
-        order, category = order.long().tolist(), query_class.long().tolist()
-        candidates, is_thing, area = candidates.tolist(), is_thing.tolist(), area.tolist()
-        overlap = overlap.view(num_queries, num_queries).numpy()
+        ranked, category = order.long().tolist(), query_class.long().tolist()
+        candidate, thing, areas = candidates.tolist(), is_thing.tolist(), area.tolist()
+        overlaps = overlap.view(num_queries, num_queries).numpy()
         covered = np.zeros(num_queries)
         pasted: list[tuple[int, int, dict]] = []
         stuff: dict[int, dict] = {}
-        for rank, query in enumerate(order):
-            free = area[query] - covered[query]
-            if not candidates[query] or free <= self.overlap_threshold * area[query]:
+        for rank, query in enumerate(ranked):
+            free = areas[query] - covered[query]
+            if not candidate[query] or free <= self.overlap_threshold * areas[query]:
                 continue
-            covered += overlap[query]
+            covered += overlaps[query]
             new = {
                 "category_id": category[query],
-                "isthing": is_thing[query],
+                "isthing": thing[query],
                 "area": 0,
                 "score": float(confidence[query]),
             }
             # Masks of one stuff class are one segment.
-            segment = new if is_thing[query] else stuff.setdefault(category[query], new)
+            segment = new if thing[query] else stuff.setdefault(category[query], new)
             segment["area"] += int(free)
             pasted.append((rank, query, segment))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from detectron2.config import configurable
@@ -100,7 +101,7 @@ class KMaXPixelDecoder(nn.Module):
             if index > 0:
                 self.fusions.append(Fusion(channels, in_channels[index], width, norm=norm))
                 channels = width
-            options = {"dilation": dilation} if kind == "bottleneck" else {}
+            options: dict[str, Any] = {"dilation": dilation} if kind == "bottleneck" else {}
             stage = nn.Sequential()
             for _ in range(depth):
                 stage.append(BLOCKS[kind](channels, width, norm=norm, **options))
@@ -110,6 +111,7 @@ class KMaXPixelDecoder(nn.Module):
 
     @classmethod
     def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]) -> dict:
+        """Reads the constructor's arguments from a config."""
         options = keyword_arguments(cfg.MODEL.KMAX.PIXEL_DECODER)
         return {"input_shape": input_shape, "norm": cfg.MODEL.KMAX.NORM} | options
 

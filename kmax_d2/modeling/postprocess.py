@@ -82,6 +82,7 @@ class Postprocessor(nn.Module):
 
     @classmethod
     def from_config(cls, cfg) -> dict:
+        """Reads the constructor's arguments from a config."""
         test = cfg.MODEL.KMAX.TEST
         wanted = {"panoptic": test.PANOPTIC_ON, "semantic": test.SEMANTIC_ON, "instance": test.INSTANCE_ON}
         return {
@@ -108,12 +109,11 @@ class Postprocessor(nn.Module):
             mask_logits: (N, h, w), over the padded image.
             padded, real, original: (height, width) of the image with padding, without it, and of the results.
         """
-        if self.merge_at_crop:
-            place = padded, (1.0, 1.0)
-        else:
-            place = original, tuple((r - 1) / (p - 1) for r, p in zip(real, padded, strict=True))
+        size, extent = padded, (1.0, 1.0)
+        if not self.merge_at_crop:
+            size, extent = original, ((real[0] - 1) / (padded[0] - 1), (real[1] - 1) / (padded[1] - 1))
             real = original
-        merged = self.merging(class_logits, mask_logits, *place)
+        merged = self.merging(class_logits, mask_logits, size, extent)
         is_thing = self.merging.is_thing
         results = Results(len(is_thing))
         if "panoptic" in self.outputs:
@@ -122,14 +122,15 @@ class Postprocessor(nn.Module):
             if self.semantic == "query":
                 classes = query_classes(merged)
             else:
-                classes = marginal_classes(class_logits, mask_logits, *place)
+                classes = marginal_classes(class_logits, mask_logits, size, extent)
             results["semantic"] = resize_nearest(classes, real, original)
         if "instance" in self.outputs:
-            place = self.max_instances, real, original
             if self.instance == "panoptic":
-                results["instances"] = panoptic_instances(merged, is_thing, *place)
+                instances = panoptic_instances(merged, is_thing, self.max_instances, real, original)
             else:
-                results["instances"] = query_instances(merged, is_thing, self.merging.pixel_threshold, *place)
+                threshold = self.merging.pixel_threshold
+                instances = query_instances(merged, is_thing, threshold, self.max_instances, real, original)
+            results["instances"] = instances
         return results
 
 

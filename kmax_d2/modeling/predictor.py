@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,12 @@ class Prediction(NamedTuple):
     """The output of one predictor.
 
     Attributes:
-        class_logits: (B, N, K + 1), void last; None where classes were not asked for.
+        class_logits: tensor (B, N, K + 1), void last; None where classes were not asked for.
         mask_logits: (B, N, H, W), one logit for each cluster and pixel.
         pixel_feature: (B, 128, H, W), of unit length at each pixel.
     """
 
-    class_logits: torch.Tensor | None
+    class_logits: Any
     mask_logits: torch.Tensor
     pixel_feature: torch.Tensor
 

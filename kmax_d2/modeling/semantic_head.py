@@ -102,6 +102,7 @@ class ASPPSemanticHead(nn.Module):
 
     @classmethod
     def from_config(cls, cfg, input_shape: dict[str, ShapeSpec], act_layer: type[nn.Module]) -> dict:
+        """Reads the constructor's arguments from a config."""
         options = cfg.MODEL.KMAX.SEMANTIC_HEAD
         return {
             "input_shape": input_shape,
@@ -140,6 +141,7 @@ class PointwiseSemanticHead(nn.Module):
 
     @classmethod
     def from_config(cls, cfg, input_shape: dict[str, ShapeSpec], act_layer: type[nn.Module]) -> dict:
+        """Reads the constructor's arguments from a config."""
         return {
             "input_shape": input_shape,
             "num_classes": cfg.MODEL.KMAX.NUM_CLASSES,

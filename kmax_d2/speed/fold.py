@@ -50,7 +50,7 @@ def fold_batch_norms(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn
             if isinstance(module, kind):
                 setattr(module, norm, _fold(getattr(module, layer), getattr(module, norm)))
         if isinstance(module, AxialAttention1D):
-            module.norm_and_sum = _affine_sum
+            setattr(module, "norm_and_sum", _affine_sum)  # noqa: B010 (not the method of a class)
         if isinstance(module, (ConvBN, LinearBN)):
             module.act = _in_place(module.act)
         if isinstance(module, nn.Sequential):

@@ -54,6 +54,7 @@ class KMaXConvNeXt(Backbone):
 
     @classmethod
     def from_config(cls, cfg, input_shape: ShapeSpec) -> dict:
+        """Reads the constructor's arguments from a config."""
         return keyword_arguments(cfg.MODEL.KMAX.CONVNEXT)
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:

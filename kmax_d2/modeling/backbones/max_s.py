@@ -58,4 +58,5 @@ class KMaXMaXS(ResidualBackbone):
 
     @classmethod
     def from_config(cls, cfg, input_shape: ShapeSpec) -> dict:
+        """Reads the constructor's arguments from a config."""
         return keyword_arguments(cfg.MODEL.KMAX.MAXS) | {"norm": cfg.MODEL.KMAX.NORM}

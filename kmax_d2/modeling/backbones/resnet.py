@@ -58,6 +58,7 @@ class KMaXResNet(ResidualBackbone):
 
     @classmethod
     def from_config(cls, cfg, input_shape: ShapeSpec) -> dict:
+        """Reads the constructor's arguments from a config."""
         return keyword_arguments(cfg.MODEL.KMAX.RESNET) | {"norm": cfg.MODEL.KMAX.NORM}
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:

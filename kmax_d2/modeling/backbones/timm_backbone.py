@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import timm
 import torch
@@ -75,6 +76,7 @@ class KMaXTimm(Backbone):
 
     @classmethod
     def from_config(cls, cfg, input_shape: ShapeSpec) -> dict:
+        """Reads the constructor's arguments from a config."""
         options = cfg.MODEL.KMAX.TIMM
         return {
             "name": options.NAME,
@@ -125,7 +127,7 @@ def _create(name: str, pretrained: bool) -> nn.Module:
     """timm's model as a module that gives the list of its maps. Raises UserError where timm cannot make it."""
     if not timm.is_model(name):
         raise UserError(f"MODEL.KMAX.TIMM.NAME: timm has no model {name}{did_you_mean(name, timm.list_models())}")
-    options = {"pretrained": pretrained, "features_only": True}
+    options: dict[str, Any] = {"pretrained": pretrained, "features_only": True}
     try:
         try:
             return timm.create_model(name, strict_img_size=False, **options)  # windowed attention at any size
