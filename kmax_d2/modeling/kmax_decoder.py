@@ -21,14 +21,14 @@ from .predictor import Prediction, Predictor
 
 TRANSFORMER_DECODER_REGISTRY = Registry("TRANSFORMER_DECODER")
 TRANSFORMER_DECODER_REGISTRY.__doc__ = """
-Transformer decoders, named by `MODEL.KMAX.TRANSFORMER_DECODER.NAME`. One is called with `(cfg, input_shape)`, the list
-of the pixel decoder's ShapeSpecs. Its forward pass takes the list of maps and whether auxiliary predictions are wanted
-with their classes, and gives the final Prediction and the list of auxiliary ones.
+Transformer decoders, named by `MODEL.KMAX.TRANSFORMER_DECODER.NAME`. Each is called with `(cfg, input_shape)`, where
+`input_shape` lists the ShapeSpecs of the pixel decoder. Its forward pass takes the list of maps and whether auxiliary
+predictions need class logits, and returns the final Prediction and the list of auxiliary ones.
 """
 
 
 class CenterSelfAttention(nn.Module):
-    """Self-attention among the centers, with batch norms where others scale by 1/√d.
+    """Self-attention among the centers, with batch norms in place of the usual scaling by 1/√d.
 
     Args:
         channels: channels of the centers.

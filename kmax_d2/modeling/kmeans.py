@@ -14,19 +14,19 @@ from .layers import ConvBN, LinearBN, batch_norm, flatten_pixels, norm_vectors, 
 
 CROSS_ATTENTION_REGISTRY = Registry("CROSS_ATTENTION")
 CROSS_ATTENTION_REGISTRY.__doc__ = """
-Updates of the centers from the pixels, named by `MODEL.KMAX.TRANSFORMER_DECODER.CROSS_ATTENTION`. One is called with
+Updates of the centers from the pixels, named by `MODEL.KMAX.TRANSFORMER_DECODER.CROSS_ATTENTION`. Each is called with
 `(channels, *, key_channels, num_heads, norm)`. Its forward pass takes the projected centers (B, N, C), the projected
-pixels (B, C, H, W) and the mask logits (B, N, H, W), and gives an update of the centers (B, N, C).
+pixels (B, C, H, W) and the mask logits (B, N, H, W), and returns an update of the centers (B, N, C).
 """
 
 
 def kmeans_assign(mask_logits: torch.Tensor) -> torch.Tensor:
-    """The cluster of each pixel: (B, N, H, W) logits to (B, H, W) indices. No gradient passes."""
+    """Assigns each pixel to a cluster: (B, N, H, W) logits to (B, H, W) indices. No gradient passes."""
     return mask_logits.detach().argmax(dim=1)
 
 
 def kmeans_update(assignment: torch.Tensor, values: torch.Tensor, num_clusters: int) -> torch.Tensor:
-    """The sum of each cluster's pixel values, equal to the product of the one-hot assignment with the values.
+    """Sums the pixel values of each cluster, which equals the product of the one-hot assignment with the values.
 
     Args:
         assignment: (B, H, W) cluster of each pixel.

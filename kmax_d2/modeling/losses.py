@@ -1,6 +1,6 @@
 """The terms of the training loss (MaX-DeepLab, Sec. 3.3; kMaX-DeepLab, Sec. 4.1).
 
-Each function gives one value for each image, (B,), before its weight.
+Each loss is one value per image, (B,), before weighting.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def pq_mask_loss(
 def mask_id_loss(log_probability: torch.Tensor, targets: Targets, matching: Matching) -> torch.Tensor:
     """Mask-id cross-entropy: each pixel's softmax over queries against the query matched to its mask.
 
-    Void pixels, and those of masks that found no query, have no target. Arguments as for :func:`pq_mask_loss`.
+    Void pixels and those of unmatched masks have no target. Arguments as for :func:`pq_mask_loss`.
     """
     inside = targets.segment_ids[matching.image] == matching.segment[:, None]
     losses = -log_probability * inside
@@ -155,7 +155,7 @@ def sample_features(feature_map: torch.Tensor, pixels: torch.Tensor, size: Seque
 
 
 def instance_discrimination_loss(features: torch.Tensor, pixels: torch.Tensor, targets: Targets) -> torch.Tensor:
-    """Pixel-wise instance discrimination: pixels of one mask shall be alike, those of others not.
+    """Pixel-wise instance discrimination: pulls the features of a mask together and those of different masks apart.
 
     The cross-entropy of row i against equal targets on the pixels of i's mask is log Σ_j exp(f_i·f_j/T) - f_i·c/T,
     c being the mean feature of that mask. A void pixel has no row, but is a column.
@@ -202,7 +202,7 @@ def hardest_semantic_loss(
         segment_ids: (B, P) mask of each of these pixels.
         targets: ground truth.
         segment_weights: (B, S) factor on the losses of each mask's pixels, before the choice of the largest.
-        share: these are so many of P, from 0 to 1.
+        share: the fraction of the P pixels to take, from 0 to 1.
     """
     weights = segment_weights.gather(1, segment_ids.clamp_min(0))
     losses = _semantic_cross_entropy(logits, segment_ids, targets) * weights

@@ -62,7 +62,7 @@ def one_hot_masks(targets: Targets) -> torch.Tensor:
 
 @torch.no_grad()
 def match(class_logits: torch.Tensor, mask_logits: torch.Tensor, targets: Targets) -> Matching:
-    """Matches each mask to one query, as far as the queries go.
+    """Matches each mask to one query; if there are more masks than queries, some stay unmatched.
 
     Args:
         class_logits: (B, N, K + 1), void last.
@@ -81,7 +81,7 @@ def match(class_logits: torch.Tensor, mask_logits: torch.Tensor, targets: Target
     class_probability = class_probability.gather(
         2, targets.classes.clamp_min(0)[:, None, :].expand(-1, class_logits.shape[1], -1)
     )
-    # One transfer for the batch; scipy wants the costs on the host, and finite: a loss says better what is wrong.
+    # One transfer for the batch. SciPy needs finite costs; if they are not, the loss reports it more clearly.
     similarity = (dice * class_probability).nan_to_num().cpu().numpy()
     counts = (targets.classes != VOID).sum(1).tolist()
     rows: list[tuple[int, int, int]] = []

@@ -31,7 +31,7 @@ OPTIONS = (
 
 
 class Segmentation(NamedTuple):
-    """What merging gives for one image.
+    """The merged result of one image.
 
     Attributes:
         segment_ids: (H, W) int32, 0 is void.
@@ -80,7 +80,7 @@ class MaskWiseMerging:
         is_thing: for each class whether it is a thing.
         pixel_threshold: a mask is where its probability is above this; at least 1/3.
         thing_threshold, stuff_threshold: least class confidence of a pasted mask.
-        overlap_threshold: share of its pixels that must still be free.
+        overlap_threshold: a mask is pasted if more than this fraction of its pixels is still free.
         class_power, mask_power: order by confidence^class_power · mask score^mask_power.
         thing_area_limit, stuff_area_limit: smaller segments become void, in pixels of the merged map.
     """
@@ -137,7 +137,7 @@ class MaskWiseMerging:
             class_logits: (N, K + 1), void last.
             mask_logits: (N, h, w).
             size: (H, W) of the map to merge on.
-            extent: the share of the mask logits' height and width that it spans.
+            extent: the fraction of the mask logits' height and width that the map spans.
         """
         class_logits, mask_logits = class_logits.detach(), mask_logits.detach()
         top_two = TopTwo(*self.top_two_queries(mask_logits, size, extent))

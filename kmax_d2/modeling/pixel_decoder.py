@@ -22,7 +22,7 @@ BLOCKS = {"axial": AxialBlock, "bottleneck": Bottleneck}
 
 PIXEL_DECODER_REGISTRY = Registry("PIXEL_DECODER")
 PIXEL_DECODER_REGISTRY.__doc__ = """
-Pixel decoders, named by `MODEL.KMAX.PIXEL_DECODER.NAME`. One is called with `(cfg, input_shape)`, the shapes of the
+Pixel decoders, named by `MODEL.KMAX.PIXEL_DECODER.NAME`. Each is called with `(cfg, input_shape)`, the shapes of the
 backbone's maps by name, and has `output_shape()`: the ShapeSpecs of the list of maps, coarse to fine, that its forward
 pass makes of the backbone's maps by name.
 """
@@ -116,7 +116,7 @@ class KMaXPixelDecoder(nn.Module):
         return {"input_shape": input_shape, "norm": cfg.MODEL.KMAX.NORM} | options
 
     def output_shape(self) -> list[ShapeSpec]:
-        """Channels and stride of each map that the forward pass gives, coarse to fine."""
+        """Channels and stride of each output map, coarse to fine."""
         return self._output_shape
 
     def forward(self, features: dict[str, torch.Tensor]) -> list[torch.Tensor]:

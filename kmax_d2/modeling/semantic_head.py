@@ -14,9 +14,9 @@ from .layers import ConvBN, DepthwiseSeparable, flatten_pixels, resize, truncate
 
 SEMANTIC_HEAD_REGISTRY = Registry("SEMANTIC_HEAD")
 SEMANTIC_HEAD_REGISTRY.__doc__ = """
-Auxiliary semantic heads, named by `MODEL.KMAX.SEMANTIC_HEAD.NAME`. One is called with `(cfg, input_shape, act_layer)`:
+Auxiliary semantic heads, named by `MODEL.KMAX.SEMANTIC_HEAD.NAME`. Each is called with `(cfg, input_shape, act_layer)`:
 the shapes of the backbone's raw maps by name, and the backbone's own activation. Its forward pass takes the dict of
-these maps and gives semantic logits (B, K or K + 1, h, w), void last if there at all.
+these maps and returns semantic logits (B, K or K + 1, h, w), void last if it has a channel.
 """
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-# A strip takes a few steps, and stays in a core's own cache meanwhile; a GPU wants few large ones.
+# A strip goes through a few steps and should stay in a core's cache; a GPU is faster with few large strips.
 LOGITS_PER_THREAD = 2**17
 LOGITS_ON_GPU = 2**26
 
@@ -16,7 +16,7 @@ class TopTwo(NamedTuple):
     """The two best queries of each pixel.
 
     Attributes:
-        query: (2, H, W) int64 indices, best first; of queries that are as good as each other the first.
+        query: (2, H, W) int64 indices, best first; among equal queries the first.
         probability: (2, H, W), softmax over all queries.
     """
 
@@ -25,7 +25,7 @@ class TopTwo(NamedTuple):
 
 
 def spacing(positions: int, pixels: int, extent: float) -> float:
-    """How many positions of a map lie between two pixels of its resized version (aligned corners)."""
+    """Distance, in positions of a map, between two pixels of its resized version (aligned corners)."""
     return (positions - 1) * extent / max(pixels - 1, 1)
 
 
@@ -42,7 +42,7 @@ def _interpolation(
 def upsampled(mask_logits: torch.Tensor, size: tuple[int, int], extent: tuple[float, float]) -> Iterator[torch.Tensor]:
     """The logits (N, h, w) upsampled bilinearly (aligned corners) to `size`, as strips (rows, W, N) from the top down.
 
-    Whoever takes a strip may change it.
+    The caller may modify a strip.
     """
     logits = mask_logits.float().permute(1, 2, 0).contiguous()
     height, width, queries = logits.shape
@@ -76,10 +76,10 @@ def top_two_queries(
     Args:
         mask_logits: (N, h, w) with N ≥ 2.
         size: (H, W) to upsample to.
-        extent: the share of the map's height and width that the pixels span; less than 1 leaves padding out.
+        extent: the fraction of the map's height and width that the pixels span; below 1 it excludes padding.
     """
     num_queries, pixels, device = len(mask_logits), size[0] * size[1], mask_logits.device
-    # Of several the first is to be found, so it has the largest weight.
+    # The first of several zeros is wanted, so it has the largest weight.
     weight = torch.arange(num_queries, 0, -1, dtype=torch.float32, device=device)
 
     def weight_of_zero(distance: torch.Tensor) -> torch.Tensor:
@@ -88,7 +88,7 @@ def top_two_queries(
         return torch.add(weight, distance, alpha=1e38).amax(1)
 
     def index(weight: torch.Tensor) -> torch.Tensor:
-        # Not a number must not become an index out of range.
+        # NaN must not become an index out of range.
         return (num_queries - weight).long().clamp_(0, num_queries - 1)
 
     query = torch.empty(2, pixels, dtype=torch.int64, device=device)

@@ -61,7 +61,7 @@ def _try_out(backend: str, device: torch.device) -> None:
     """Raises UserError where torch.compile does not work; it would say so only at the first batch, at length."""
     try:
         torch.compile(F.gelu, backend=backend)(torch.zeros(8, device=device))
-    except Exception as error:  # each missing tool in its own way
+    except Exception as error:  # each missing tool raises something else
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
             f"torch.compile does not work here ({reason}): install a C++ compiler and Python's headers, or set "

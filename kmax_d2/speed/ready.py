@@ -50,7 +50,7 @@ def fuse_merging(model: nn.Module) -> None:
 
 @functools.cache
 def _kernel_runs(device: torch.device) -> bool:
-    """Whether Triton is there and can compile for this GPU, for which it needs a C compiler too."""
+    """Whether Triton is installed and can compile for this GPU, which also takes a C compiler."""
     try:
         from .top_two_triton import top_two_in_one_kernel
 

@@ -20,7 +20,7 @@ from ..layers import truncated_normal_
 
 @BACKBONE_REGISTRY.register()
 class KMaXConvNeXt(Backbone):
-    """Pixel encoder. stage1 is the stem's normalised output and stage2 the first stage's, both OS 4; then OS 8, 16, 32.
+    """Pixel encoder. stage1 is the stem's normalized output and stage2 the first stage's, both OS 4; then OS 8, 16, 32.
 
     Parameters have timm's names, without those of its head.
 

@@ -40,7 +40,7 @@ class ResidualBackbone(Backbone):
         """Adds stages 2 to 5, and notes the shapes of all maps.
 
         Args:
-            stem_channels, stem_stride: of the map that the stem gives.
+            stem_channels, stem_stride: of the stem's output.
             blocks: blocks in each stage; the first of them strides.
             widths: base width of each stage; its output has four times as many channels.
             norm: name of the batch norm.

@@ -1,4 +1,4 @@
-"""Any model of timm that gives feature maps, as a pixel encoder."""
+"""Any timm model with feature maps as a pixel encoder."""
 
 from __future__ import annotations
 
@@ -87,13 +87,13 @@ class KMaXTimm(Backbone):
 
     @torch.no_grad()
     def _fitting_multiple(self, name: str) -> int:
-        """The first of MULTIPLES at which the model gives maps of side / stride positions, rounded up, for zeros."""
+        """The first of MULTIPLES at which the maps of a zero image have ceil(side / stride) positions per side."""
         self.net.eval()
         for multiple in MULTIPLES:
             size = [-(-side // multiple) * multiple for side in TRIAL_SIZE]
             try:
                 maps = self._maps(torch.zeros(1, 3, *size))
-            except Exception as error:  # each model refuses a size in its own way
+            except Exception as error:  # models reject sizes with different exceptions
                 reason = " ".join(str(error).split()) or type(error).__name__
                 continue
             strides = self._out_feature_strides
@@ -124,7 +124,7 @@ class KMaXTimm(Backbone):
 
 
 def _create(name: str, pretrained: bool) -> nn.Module:
-    """timm's model as a module that gives the list of its maps. Raises UserError where timm cannot make it."""
+    """Builds timm's model, which returns the list of its maps. Raises UserError if timm cannot build it."""
     if not timm.is_model(name):
         raise UserError(f"MODEL.KMAX.TIMM.NAME: timm has no model {name}{did_you_mean(name, timm.list_models())}")
     options: dict[str, Any] = {"pretrained": pretrained, "features_only": True}
