@@ -1,10 +1,10 @@
 """Activation checkpointing keeps less memory and changes nothing: losses, gradients and running statistics."""
 
-import weakref
 from collections import Counter
 
 import pytest
 import torch
+from saved_tensors import kept_bytes
 from small import build, randomize_norms
 from torch import nn
 
@@ -59,22 +59,6 @@ def training_step(model):
     sum(losses.values()).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return losses, gradients, dict(model.named_buffers()), {"random": torch.rand(1)}
-
-
-def kept_bytes(run):
-    """Bytes that the graph of `run()` holds for its backward pass when that is done, parameters included."""
-    kept = []
-
-    def pack(tensor):
-        tensor = tensor.detach()
-        kept.append(weakref.ref(tensor))
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = run()
-    alive = [tensor for reference in kept if (tensor := reference()) is not None]
-    del result
-    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in alive}.values())
 
 
 def count_calls(model):
