@@ -5,6 +5,7 @@ import torch
 from small import plain_norm, randomize_norms
 from torch import nn
 
+from kmax_d2.errors import UserError
 from kmax_d2.modeling.axial_attention import AxialAttention1D, AxialBlock
 
 HEADS = 8
@@ -102,14 +103,14 @@ def test_lengths_up_to_255(axis, length):
 @pytest.mark.parametrize(("axis", "size"), [("height", (256, 1)), ("width", (1, 256))])
 def test_longer_is_refused(axis, size):
     module = AxialAttention1D(8, 8, axis, norm="BN")
-    with pytest.raises(ValueError, match="255"):
+    with pytest.raises(UserError, match="255"):
         module(torch.randn(1, 8, *size))
     # Only the axis itself has a limit.
     assert module.eval()(torch.randn(1, 8, *size[::-1])).shape == (1, 16, *size[::-1])
 
 
 def test_unknown_axis_is_refused():
-    with pytest.raises(ValueError, match="depth"):
+    with pytest.raises(UserError, match="depth"):
         AxialAttention1D(8, 8, "depth", norm="BN")
 
 

@@ -13,9 +13,6 @@ from torch import nn
 from kmax_d2.engine import load_config
 from kmax_d2.speed import fold_batch_norms
 
-# Parts whose norms are of a kind of their own or too small to matter.
-KEPT = ("semantic_head", "attention", "predictor.mask_norm", "cross_attention.norm")
-
 
 @pytest.mark.parametrize("tag", [tag for tag in MODELS if "convnext" not in tag])
 def test_every_stage(tag, request):
