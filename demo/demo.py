@@ -36,7 +36,6 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-import kmax_d2
 from kmax_d2 import model_zoo
 from kmax_d2.data.mapper import PanopticTestMapper, read_image
 from kmax_d2.engine import load_predictor, ready_config
@@ -49,23 +48,6 @@ from kmax_d2.visualization import draw_panoptic, result_page
 
 DEFAULT_CONFIG = "coco/r50"
 QUICKSTART_CONFIG = "shapes/quickstart"
-QUICKSTART_WEIGHTS = (
-    Path(kmax_d2.__file__).parent / "assets" / "quickstart.pth",
-    Path("output/quickstart/model_final.pth"),
-)
-
-
-def default_weights(config: str) -> list[str]:
-    """Returns the option that sets a config's trained weights: published, or the quickstart's; none for other models.
-
-    Raises UserError if the quickstart has not run.
-    """
-    if config != QUICKSTART_CONFIG:
-        return ["MODEL.WEIGHTS", model_zoo.get_checkpoint_url(config)] if model_zoo.has_weights(config) else []
-    for file in QUICKSTART_WEIGHTS:
-        if file.is_file():
-            return ["MODEL.WEIGHTS", str(file)]
-    raise UserError("the quickstart's weights are missing: run `make quickstart`, or give --config-file and --weights")
 
 
 def setup(args: argparse.Namespace, default: str = DEFAULT_CONFIG) -> CfgNode:
@@ -74,7 +56,7 @@ def setup(args: argparse.Namespace, default: str = DEFAULT_CONFIG) -> CfgNode:
     Raises UserError if the config, an option, or a dataset is wrong.
     """
     config = args.config_file or default
-    weights = [] if "MODEL.WEIGHTS" in args.opts else default_weights(config)
+    weights = ["MODEL.WEIGHTS", model_zoo.get_checkpoint_url(config)] if model_zoo.has_weights(config) else []
     return ready_config(config, [*weights, *args.opts], PANOPTIC_ONLY)
 
 

@@ -1,6 +1,8 @@
-"""The paper's models and published weights by config name; used like detectron2.model_zoo."""
+"""The models and their trained weights by config name; used like detectron2.model_zoo."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
@@ -31,6 +33,7 @@ _ARCHIVES |= {
     for side in (641, 1281)
 }
 _ARCHIVES["coco/convnext_l_unlabeled"] = "kmax_convnext_large_coco_train_unlabeled"
+_INCLUDED = {"shapes/quickstart": Path(__file__).parent / "assets" / "quickstart.pth"}
 
 
 def _relative(name: str) -> str:
@@ -43,20 +46,25 @@ def get_config_file(name: str) -> str:
 
 
 def has_weights(name: str) -> bool:
-    """Returns whether weights for a model are published."""
-    return _relative(name) in _ARCHIVES
+    """Returns whether weights for a model are published, or included as for "shapes/quickstart"."""
+    return _relative(name) in _ARCHIVES | _INCLUDED
 
 
 def get_checkpoint_url(name: str) -> str:
-    """Returns the URL of a model's published weights. Raises UserError if the model is unknown or has none."""
+    """Returns the URL of a model's published weights, or the path of included ones.
+
+    Raises UserError if the model is unknown or has no weights.
+    """
     relative = _relative(name)
-    if not has_weights(name):
-        get_config_file(name)  # an unknown name is a different error
-        raise UserError(
-            f"no weights of {name} are published{did_you_mean(relative, _ARCHIVES)} "
-            f"Weights exist for {', '.join(sorted(_ARCHIVES))}"
-        )
-    return f"{ADDRESS}/{_ARCHIVES[relative]}.tar.gz"
+    if relative in _ARCHIVES:
+        return f"{ADDRESS}/{_ARCHIVES[relative]}.tar.gz"
+    if relative in _INCLUDED:
+        return str(_INCLUDED[relative])
+    get_config_file(name)  # an unknown name is a different error
+    known = sorted([*_ARCHIVES, *_INCLUDED])
+    raise UserError(
+        f"no weights of {name} are published{did_you_mean(relative, known)} Weights exist for {', '.join(known)}"
+    )
 
 
 def get_config(name: str, trained: bool = False) -> CfgNode:
@@ -64,10 +72,10 @@ def get_config(name: str, trained: bool = False) -> CfgNode:
 
     Args:
         name: such as "coco/r50".
-        trained: whether MODEL.WEIGHTS names the published weights; else it names those that training starts from.
+        trained: whether MODEL.WEIGHTS names the trained weights; else it names those that training starts from.
 
     Raises:
-        UserError: the model is unknown or has no published weights.
+        UserError: the model is unknown or has no trained weights.
     """
     return load_config(get_config_file(name), _trained(name) if trained else ())
 
@@ -77,7 +85,7 @@ def get(name: str, trained: bool = False, device: str | None = None) -> nn.Modul
 
     Args:
         name: such as "coco/r50".
-        trained: whether to load the published weights, downloaded once; else those that training starts from.
+        trained: whether to load the published weights, downloaded once, or the included ones; else those that training starts from.
         device: such as "cpu"; None uses a GPU if there is one.
 
     Raises:

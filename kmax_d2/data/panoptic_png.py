@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..files import whole_file
+from .. import files
 from .segment_ids import id2rgb
 
 CHUNK = "annotation"
@@ -50,7 +50,7 @@ def write(file: Path, ids: np.ndarray, annotation: dict) -> None:
     """Writes an id map (H, W) of 0 to 2^24 - 1 as a PNG that contains its annotation."""
     info = PngInfo()
     info.add_text(CHUNK, json.dumps(annotation))
-    with whole_file(file) as unfinished:
+    with files.whole_file(file) as unfinished:
         Image.fromarray(id2rgb(ids)).save(unfinished, pnginfo=info)
 
 
@@ -75,6 +75,5 @@ def write_json(file: Path, entries: list[dict], categories: list[dict]) -> None:
     """
     images, annotations = ([entry[key] for entry in entries] for key in ("image", "annotation"))
     content = {"images": images, "annotations": annotations, "categories": categories}
-    with whole_file(file) as unfinished:
-        unfinished.write_text(json.dumps(content))
+    files.write_json(file, content)
     print(f"{file}: {len(entries)} images")

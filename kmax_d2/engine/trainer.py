@@ -7,6 +7,7 @@ import logging
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -83,7 +84,7 @@ class Trainer(DefaultTrainer):
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "ema")
-        results = {f"ema/{task}": metrics for task, metrics in self.test(cfg, self.average.model).items()}
+        results = {f"ema/{task}": metrics for task, metrics in self.test(cfg, self.final_model).items()}
         self._last_eval_results |= results
         return results
 
@@ -132,7 +133,7 @@ class Trainer(DefaultTrainer):
         """Returns endless batches of mapped training records. Raises UserError if a dataset is not on disk."""
         mapper = MAPPER_REGISTRY.get(cfg.INPUT.DATASET_MAPPER_NAME)(cfg)
         with _needs_files_of(cfg.DATASETS.TRAIN):
-            dataset = training_records(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+            dataset: Any = training_records(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
         if isinstance(dataset, list):
             dataset = DatasetFromList(dataset, copy=False)  # shared by all workers
         if cfg.INPUT.COPY_PASTE:

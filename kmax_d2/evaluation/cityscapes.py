@@ -142,10 +142,12 @@ class CityscapesInstanceEvaluator(CityscapesEvaluator):
     truth_suffix = "instanceIds"
 
     def reset(self) -> None:
+        """Forgets all predictions and matches."""
         super().reset()
         self.matches: dict[str, dict] = {}
 
     def collect(self, result: dict) -> None:
+        """Takes the matches of one image."""
         self.matches |= result
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
@@ -210,11 +212,13 @@ class CityscapesSemanticEvaluator(CityscapesEvaluator):
     truth_suffix = "labelIds"
 
     def reset(self) -> None:
+        """Forgets all predictions and counts."""
         super().reset()
         self.matrix: np.ndarray | int = 0
         self.instances: Counter = Counter()
 
     def collect(self, result: tuple[np.ndarray, dict] | None) -> None:
+        """Adds the counts of one image, as :func:`count_pixels` returns them."""
         if result is None:
             return
         matrix, statistics = result

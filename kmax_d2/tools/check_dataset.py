@@ -33,12 +33,12 @@ from collections import defaultdict
 
 import numpy as np
 from detectron2.data import DatasetCatalog
-from panopticapi.utils import rgb2id
 from PIL import Image
 from tabulate import tabulate
 
 from ..data.check import Dataset, Findings, Sample, registered, unregistered
 from ..data.mapper import read_image
+from ..data.segment_ids import rgb2id
 from ..engine import ready_config
 from ..errors import UserError, did_you_mean
 from ..files import make_folder, whole_file

@@ -31,7 +31,7 @@ from tabulate import tabulate
 from ..engine import ready_config
 from ..engine.setup import PANOPTIC_ONLY
 from ..errors import UserError
-from ..files import make_folder, whole_file
+from ..files import make_folder, write_json
 from .quickstart import CONFIG, QuickstartTrainer, quiet_log
 
 ATTENTIONS = {"KMeansCrossAttention": "k-means", "SoftmaxCrossAttention": "spatial softmax"}
@@ -57,8 +57,7 @@ def train(cfg: CfgNode) -> dict[int, float]:
         evaluated = trainer.storage.history("panoptic_seg/PQ").values()
         # An evaluation during training runs before the iteration is counted.
         curve = {min(iteration + 1, cfg.SOLVER.MAX_ITER): pq for pq, iteration in evaluated}
-        with whole_file(curve_file) as unfinished:
-            unfinished.write_text(json.dumps(curve))
+        write_json(curve_file, curve)
     return {int(iteration): pq for iteration, pq in json.loads(curve_file.read_text()).items()}
 
 
@@ -94,8 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     last = {label: [list(run.values())[-1] for run in runs] for label, runs in curves.items()}
     rows = [(label, np.mean(values), min(values), max(values)) for label, values in last.items()]
     print(tabulate(rows, headers=["cross-attention", "PQ", "lowest", "highest"], floatfmt=".1f", tablefmt="github"))
-    with whole_file(output / "results.json") as unfinished:
-        unfinished.write_text(json.dumps(curves, indent=2))
+    write_json(output / "results.json", curves, indent=2)
     draw(curves, output / "pq_over_iterations.png")
     print(f"the plot and the numbers are in {output}")
 

@@ -5,7 +5,6 @@ python -m kmax_d2.tools.quickstart [--output DIR] [NAME VALUE ...]
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import time
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.engine import HookBase
+from detectron2.engine.hooks import EvalHook
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from detectron2.utils.logger import setup_logger
@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from ..engine import Trainer, ready_config
 from ..engine.setup import dataset_metadata
-from ..files import make_folder, whole_file
+from ..files import make_folder, write_json
 from ..visualization import result_page
 
 CONFIG = "shapes/quickstart"
@@ -61,11 +61,18 @@ class ProgressBar(HookBase):
 
 
 class QuickstartTrainer(Trainer):
-    """The project's trainer with a progress bar."""
+    """The project's trainer with a progress bar. It evaluates the final model only, not the raw weights beside it."""
 
-    def build_hooks(self) -> list[HookBase]:
-        """Adds the bar to the usual hooks."""
-        return [*super().build_hooks(), ProgressBar()]
+    def build_hooks(self) -> list[HookBase | None]:
+        """Adds the bar, and replaces the evaluation."""
+        hooks = [hook for hook in super().build_hooks() if not isinstance(hook, EvalHook)]
+        hooks.insert(-1, EvalHook(self.cfg.TEST.EVAL_PERIOD, self._test_final_model))  # its results are then written
+        return [ProgressBar(), *hooks]
+
+    def _test_final_model(self) -> dict:
+        tqdm.write("evaluating the held-out images")
+        self._last_eval_results = self.test(self.cfg, self.final_model)
+        return self._last_eval_results
 
     def build_writers(self) -> list[EventWriter]:
         """Leaves out the writer that prints to the terminal."""
@@ -109,14 +116,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         DatasetCatalog.get(name)  # draws the images, with its own progress bar, before anything else is shown
     trainer = QuickstartTrainer(cfg)
-    trainer.train()
-    print("evaluating the held-out images")
-    summary = summarize(Trainer.test(cfg, trainer.model), time.perf_counter() - start)
-    draw_pictures(cfg, trainer.model, output / "pictures")
+    results = trainer.train()
+    summary = summarize(results, time.perf_counter() - start)
+    draw_pictures(cfg, trainer.final_model, output / "pictures")
 
     print(tabulate([list(summary.values())], headers=list(summary), floatfmt=".1f", tablefmt="github"))
-    with whole_file(results_file) as unfinished:
-        unfinished.write_text(json.dumps(summary, indent=2))
+    write_json(results_file, summary, indent=2)
     print(f"checkpoint, log, and pictures are in {output}")
 
 

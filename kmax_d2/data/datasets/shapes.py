@@ -12,6 +12,7 @@ import contextlib
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -27,7 +28,7 @@ SPLITS = {"train": (1000, 0), "val": (100, 1)}  # name: (number of images, seed)
 SIZES = ((144, 144), (136, 152), (152, 136), (129, 160), (160, 129))  # (height, width) in pixels
 
 # An instance's id is its category's color plus 8 in red for each earlier instance, so red stays below 216.
-CATEGORIES = [
+CATEGORIES: list[dict[str, Any]] = [
     {"id": 1, "name": "circle", "isthing": 1, "color": [200, 50, 70]},
     {"id": 2, "name": "square", "isthing": 1, "color": [210, 130, 30]},
     {"id": 3, "name": "triangle", "isthing": 1, "color": [150, 70, 190]},
@@ -48,7 +49,7 @@ MIN_VISIBLE = 0.5  # share of a segment that later things must leave visible
 MIN_INSIDE = 0.7  # share of a thing that lies inside the image
 MAX_TRIES = 40  # attempts to place things in one image
 
-Shape = tuple[int, int]  # (height, width)
+Shape = tuple[int, ...]  # (height, width)
 
 
 def draw(seed: int, index: int) -> tuple[np.ndarray, np.ndarray, list[dict]]:
@@ -204,7 +205,7 @@ def _place_things(rng: Generator, labels: np.ndarray) -> list[tuple[int, np.ndar
             break
         kind, corners = _random_thing(rng, labels.shape)
         sixteenths = np.rint(corners * 16).astype(np.int32)
-        cover = cv2.fillPoly(np.zeros(labels.shape, np.uint8), [sixteenths], 255, cv2.LINE_AA, shift=4)
+        cover = cv2.fillPoly(np.zeros(labels.shape, np.uint8), [sixteenths], (255,), cv2.LINE_AA, shift=4)
         after = np.where(cover > 127, len(whole), labels)
         visible = np.bincount(after.ravel(), minlength=len(whole) + 1)
         area = cv2.contourArea(corners)
