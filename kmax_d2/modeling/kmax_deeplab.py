@@ -15,18 +15,12 @@ from ..errors import UserError
 from .build import build_from
 from .criterion import Criterion, make_targets
 from .kmax_decoder import TRANSFORMER_DECODER_REGISTRY
+from .layers import padded_side
 from .merging import MaskWiseMerging
 from .pixel_decoder import PIXEL_DECODER_REGISTRY
 from .postprocess import Postprocessor, Results
 from .predictor import Prediction
 from .semantic_head import SEMANTIC_HEAD_REGISTRY
-
-STRIDE = 32  # the coarsest map's; sides are padded to 32k + 1
-
-
-def padded_side(side: int) -> int:
-    """The next 32k + 1 at or above `side`, in pixels; 33 at least."""
-    return max(1, -(-(side - 1) // STRIDE)) * STRIDE + 1
 
 
 @META_ARCH_REGISTRY.register()
@@ -170,18 +164,9 @@ class KMaXDeepLab(nn.Module):
         finally:
             self.train(training)
 
-        def cropped(prediction: Prediction) -> dict[str, torch.Tensor]:
-            stride = (size[1] - 1) // (prediction.mask_logits.shape[-1] - 1)
-            h, w = (height - 1) // stride + 1, (width - 1) // stride + 1
-            return {
-                "class_logits": prediction.class_logits,
-                "mask_logits": prediction.mask_logits[..., :h, :w],
-                "pixel_feature": prediction.pixel_feature[..., :h, :w],
-            }
-
-        result: dict[str, Any] = cropped(final)
+        result: dict[str, Any] = final.cropped(height, width, size)
         if auxiliary:
-            result["auxiliary"] = [cropped(prediction) for prediction in others]
+            result["auxiliary"] = [prediction.cropped(height, width, size) for prediction in others]
         return result
 
     def _padded_size(self, image: torch.Tensor) -> tuple[int, int]:

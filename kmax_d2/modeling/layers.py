@@ -130,3 +130,8 @@ def resize(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     if tuple(x.shape[-2:]) == tuple(size):
         return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
+
+
+def padded_side(side: int) -> int:
+    """The next 32k + 1 at or above `side`, in pixels, and at least 33: what all strides up to 32 divide evenly."""
+    return max(1, -(-(side - 1) // 32)) * 32 + 1

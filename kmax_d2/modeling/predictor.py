@@ -27,6 +27,16 @@ class Prediction(NamedTuple):
     mask_logits: torch.Tensor
     pixel_feature: torch.Tensor
 
+    def cropped(self, height: int, width: int, padded: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """Cuts the maps to the part of an image of `padded` pixels that is not padding, and names the tensors."""
+        stride = (padded[1] - 1) // (self.mask_logits.shape[-1] - 1)
+        real = ..., slice((height - 1) // stride + 1), slice((width - 1) // stride + 1)
+        return {
+            "class_logits": self.class_logits,
+            "mask_logits": self.mask_logits[real],
+            "pixel_feature": self.pixel_feature[real],
+        }
+
 
 class Predictor(nn.Module):
     """Mask logits are dot products of pixel features and mask embeddings, normalized as one channel.
