@@ -90,7 +90,7 @@ _RULES: list[Rule] = [
 
 
 def state_dict_name(official_name: str) -> str:
-    """Gives our name of an official variable: "encoder/_stem/_conv/kernel" becomes "backbone.stem.conv.weight"."""
+    """Returns our name of an official variable: "encoder/_stem/_conv/kernel" becomes "backbone.stem.conv.weight"."""
     return rename(official_name.replace("/", "."), _RULES)
 
 
@@ -111,7 +111,7 @@ def _to_our_layout(kind: str, name: str, array: np.ndarray) -> np.ndarray:
 
 
 def _contiguous_classes(is_thing: Sequence[bool]) -> list[int]:
-    """Gives each contiguous class's row in the official class heads: things, then stuff, then void."""
+    """Returns each contiguous class's row in the official class heads: things, then stuff, then void."""
     official_order = sorted(range(len(is_thing)), key=lambda index: not is_thing[index])
     return [*np.argsort(official_order), len(is_thing)]
 

@@ -22,7 +22,7 @@ def is_address(path: str) -> bool:
 
 
 def cached_file(address: str) -> str:
-    """Gives the path where PathManager caches an address: in $FVCORE_CACHE, or else in ~/.torch/iopath_cache."""
+    """Returns the path where PathManager caches an address: in $FVCORE_CACHE, or else in ~/.torch/iopath_cache."""
     address = address.replace(Detectron2Handler.PREFIX, Detectron2Handler.S3_DETECTRON2_PREFIX)
     folder = os.path.dirname(urlparse(address).path.lstrip("/"))
     return os.path.join(get_cache_dir(), folder, address.rsplit("/", 1)[-1])

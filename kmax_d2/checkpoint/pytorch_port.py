@@ -81,7 +81,7 @@ def is_port(names: Iterable[str]) -> bool:
 
 
 def state_dict_name(port_name: str) -> str:
-    """Gives our name of an entry: "backbone.res2.0.conv1.weight" becomes "backbone.stage2.0.conv1.conv.weight"."""
+    """Returns our name of an entry: "backbone.res2.0.conv1.weight" becomes "backbone.stage2.0.conv1.conv.weight"."""
     return rename(port_name, _RULES)
 
 

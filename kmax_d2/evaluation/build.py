@@ -55,7 +55,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> Dataset
 
 
 def submission_name(dataset_name: str) -> str:
-    """Gives the name, without suffix, under which a server expects the panoptic results.
+    """Returns the name, without suffix, under which a server expects the panoptic results.
 
     COCO's expects `panoptic_<test set>_<algorithm>_results`, with the test set's name as in its JSON file; Cityscapes'
     script looks for the name of the ground truth's JSON file, `cityscapes_panoptic_<split>`.

@@ -78,7 +78,7 @@ class CityscapesEvaluator(DatasetEvaluator):
         raise NotImplementedError
 
     def truth_of(self, image_file: str) -> str | None:
-        """Gives the ground truth's file of an image; None without ground truth."""
+        """Returns the ground truth's file of an image; None without ground truth."""
         if self.truth_folder is None:
             return None
         file = Path(image_file)
@@ -86,7 +86,7 @@ class CityscapesEvaluator(DatasetEvaluator):
         return str(Path(self.truth_folder) / file.parent.name / name)
 
     def gather(self, counted: object) -> list | None:
-        """Archives predictions and gives every rank's `counted` on rank 0; None on others and without ground truth."""
+        """Archives predictions and returns every rank's `counted` on rank 0; None on others and without ground truth."""
         everyone = comm.gather(counted)
         if not comm.is_main_process():
             return None
@@ -98,7 +98,7 @@ class CityscapesEvaluator(DatasetEvaluator):
 def match_instances(
     name: str, rles: list[dict], classes: list[str], scores: list[float], truth: str | None, folder: Path | None
 ) -> dict:
-    """Writes an image's instances, a text file and masks, and gives cityscapesscripts' matches with the true ones.
+    """Writes an image's instances, a text file and masks, and returns cityscapesscripts' matches with the true ones.
 
     Args:
         name: the image's, without suffix.
@@ -127,7 +127,7 @@ def match_instances(
 
 
 def instance_options() -> Namespace:
-    """Gives the default options of cityscapesscripts' instance evaluation."""
+    """Returns the default options of cityscapesscripts' instance evaluation."""
     import cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling as script
 
     args = copy.copy(script.args)
@@ -165,7 +165,7 @@ class CityscapesInstanceEvaluator(CityscapesEvaluator):
             )
 
     def evaluate(self) -> dict | None:
-        """Gives "segm": AP, AP50, and each class's AP, in percent, nan for a class without instances; on rank 0."""
+        """Returns "segm": AP, AP50, and each class's AP, in percent, nan for a class without instances; on rank 0."""
         self.pool.finish()
         if (everyone := self.gather(self.matches)) is None:
             return None
@@ -183,7 +183,7 @@ class CityscapesInstanceEvaluator(CityscapesEvaluator):
 def count_pixels(
     classes: np.ndarray, name: str, truth: str | None, folder: Path | None
 ) -> tuple[np.ndarray, dict] | None:
-    """Writes an image's label ids and gives cityscapesscripts' confusion matrix and statistics of instances.
+    """Writes an image's label ids and returns cityscapesscripts' confusion matrix and statistics of instances.
 
     Args:
         classes: (H, W) contiguous classes.
@@ -236,7 +236,7 @@ class CityscapesSemanticEvaluator(CityscapesEvaluator):
             self.pool.submit(count_pixels, classes, Path(file).stem, self.truth_of(file), self.folder)
 
     def evaluate(self) -> dict | None:
-        """Gives "sem_seg": mIoU (and IoU), iIoU, both of categories (_sup), each class's IoU; percent, on rank 0."""
+        """Returns "sem_seg": mIoU (and IoU), iIoU, both of categories (_sup), each class's IoU; percent, on rank 0."""
         self.pool.finish()
         if (everyone := self.gather((self.matrix, self.instances))) is None:
             return None

@@ -110,7 +110,7 @@ class PanopticEvaluator(DatasetEvaluator):
             self.pool.submit(evaluate_image, compact_ids, prediction, truth, self.root, self.png_folder)
 
     def evaluate(self) -> dict | None:
-        """Gives "panoptic_seg": PQ, SQ, and RQ of all classes, things (_th), and stuff (_st), in percent; on rank 0.
+        """Returns "panoptic_seg": PQ, SQ, and RQ of all classes, things (_th), and stuff (_st), in percent; on rank 0.
 
         A mean over no class is nan. Raises UserError where an annotated image has no prediction.
         """

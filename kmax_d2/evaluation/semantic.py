@@ -42,7 +42,7 @@ def confusion(
 
 
 def class_map(output: Mapping) -> torch.Tensor:
-    """Gives a model's (H, W) classes: its "semantic", or else the argmax of Detectron2's "sem_seg" (K, H, W)."""
+    """Returns a model's (H, W) classes: its "semantic", or else the argmax of Detectron2's "sem_seg" (K, H, W)."""
     return output["semantic"] if "semantic" in output else output["sem_seg"].argmax(0)
 
 
@@ -81,7 +81,7 @@ class SemanticEvaluator(SemSegEvaluator):
             self._pool.submit(confusion, classes, truth, self._num_classes, self._ignore_label)
 
     def evaluate(self) -> dict | None:
-        """Gives "sem_seg": mIoU, fwIoU, mACC, pACC, and each class's IoU and accuracy, in percent; on rank 0."""
+        """Returns "sem_seg": mIoU, fwIoU, mACC, pACC, and each class's IoU and accuracy, in percent; on rank 0."""
         self._pool.finish()
         results = super().evaluate()
         return results and {"sem_seg": {name: float(value) for name, value in results["sem_seg"].items()}}
