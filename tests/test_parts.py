@@ -1,0 +1,129 @@
+"""Parts of the model that a config replaces by name, and configs that no model can be built from."""
+
+import pytest
+import torch
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
+from scenes import QUERIES, build_model, picture, sample
+
+from kmax_d2.errors import UserError
+from kmax_d2.modeling import (
+    PIXEL_DECODER_REGISTRY,
+    SEMANTIC_HEAD_REGISTRY,
+    TRANSFORMER_DECODER_REGISTRY,
+    KMaXDeepLab,
+    KMaXPixelDecoder,
+    KMaXTransformerDecoder,
+)
+from kmax_d2.modeling.backbones import KMaXResNet
+from kmax_d2.modeling.kmeans import KMeansCrossAttention
+from kmax_d2.modeling.semantic_head import ASPPSemanticHead
+
+
+class Counting:
+    """Counts its forward passes."""
+
+    calls = 0
+
+    def forward(self, *args, **kwargs):
+        self.calls += 1
+        return super().forward(*args, **kwargs)
+
+
+@META_ARCH_REGISTRY.register()
+class CountingKMaXDeepLab(Counting, KMaXDeepLab):
+    pass
+
+
+@BACKBONE_REGISTRY.register()
+class CountingKMaXResNet(Counting, KMaXResNet):
+    pass
+
+
+@PIXEL_DECODER_REGISTRY.register()
+class CountingKMaXPixelDecoder(Counting, KMaXPixelDecoder):
+    pass
+
+
+@TRANSFORMER_DECODER_REGISTRY.register()
+class CountingKMaXTransformerDecoder(Counting, KMaXTransformerDecoder):
+    pass
+
+
+@SEMANTIC_HEAD_REGISTRY.register()
+class CountingSemanticHead(Counting, ASPPSemanticHead):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "part"),
+    [
+        ("MODEL__META_ARCHITECTURE", "CountingKMaXDeepLab", ""),
+        ("MODEL__BACKBONE__NAME", "CountingKMaXResNet", "backbone"),
+        ("MODEL__KMAX__PIXEL_DECODER__NAME", "CountingKMaXPixelDecoder", "pixel_decoder"),
+        ("MODEL__KMAX__TRANSFORMER_DECODER__NAME", "CountingKMaXTransformerDecoder", "transformer_decoder"),
+        ("MODEL__KMAX__SEMANTIC_HEAD__NAME", "CountingSemanticHead", "semantic_head"),
+    ],
+)
+def test_parts_are_replaced_by_name(option, name, part):
+    model = build_model(**{option: name})
+    module = model.get_submodule(part)
+    assert type(module).__name__ == name
+    model([sample(65, 65)])
+    assert module.calls == 1
+    # The same network otherwise, down to the names in its checkpoints.
+    assert set(model.state_dict()) == set(build_model().state_dict())
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "near"),
+    [
+        ("MODEL.BACKBONE.NAME", "KMaxResNet", "KMaXResNet"),
+        ("MODEL.KMAX.PIXEL_DECODER.NAME", "KMaxPixelDecoder", "KMaXPixelDecoder"),
+        ("MODEL.KMAX.TRANSFORMER_DECODER.NAME", "TransformerDecoder", "KMaXTransformerDecoder"),
+        ("MODEL.KMAX.TRANSFORMER_DECODER.CROSS_ATTENTION", "kmeans_cross_attention", "KMeansCrossAttention"),
+        ("MODEL.KMAX.SEMANTIC_HEAD.NAME", "PointSemanticHead", "PointwiseSemanticHead"),
+    ],
+)
+def test_part_of_an_unknown_name(option, name, near):
+    with pytest.raises(UserError) as raised:
+        build_model(**{option.replace(".", "__"): name})
+    before, meant = str(raised.value).split(" - ")
+    wrong, known = before.split(", but there are ")
+    assert wrong == f"{option} is {name}"
+    assert near in known.split(", ")
+    assert meant == f"did you mean {near}?"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("INPUT.FORMAT", "BGR", "INPUT.FORMAT is BGR, but the model takes RGB"),
+        ("MODEL.KMAX.NUM_CLASSES", 0, "MODEL.KMAX.NUM_CLASSES is not set"),
+        ("DATASETS.TEST", ("kmax_d2_tests_no_such_data",), "no dataset kmax_d2_tests_no_such_data "),
+        ("DATASETS.TRAIN", ("kmax_d2_tests_no_such_data",), "no dataset kmax_d2_tests_no_such_data "),
+        ("MODEL.KMAX.TRANSFORMER_DECODER.TRAINING_QUERIES", -1, f"-1 of {QUERIES} queries"),
+        ("MODEL.KMAX.TRANSFORMER_DECODER.TRAINING_QUERIES", QUERIES + 1, f"{QUERIES + 1} of {QUERIES} queries"),
+        ("MODEL.KMAX.TRANSFORMER_DECODER.DECODERS", [1, 1, 1, 1, 1], "names 5 maps, but the pixel decoder has 4"),
+        ("MODEL.KMAX.PIXEL_DECODER.IN_FEATURES", ["stage5", "stage4", "stage3", "stage0"], r"names \['stage0'\]"),
+        ("MODEL.KMAX.PIXEL_DECODER.KINDS", ["axial", "axial", "square", "square"], "KINDS has square"),
+        ("MODEL.KMAX.RESNET.BLOCKS", [1, 1, 1], "KMaXResNet has four stages"),
+        ("MODEL.KMAX.TEST.PIXEL_THRESHOLD", 0.3, "PIXEL_THRESHOLD is 0.3, but must be at least 1/3"),
+    ],
+)
+def test_config_that_no_model_can_be_built_from(option, value, message):
+    with pytest.raises(UserError, match=message):
+        build_model(**{option.replace(".", "__"): value})
+
+
+@pytest.mark.parametrize("norm", ["SyncBN", "naiveSyncBN", "BN"])
+def test_every_norm_runs_on_one_cpu(norm):
+    model = build_model(MODEL__KMAX__NORM=norm)
+    assert all(torch.isfinite(value) for value in model([sample(65, 65)]).values())
+    with torch.no_grad():
+        (result,) = model.eval()([{"image": picture(65, 65)}])
+    assert result["panoptic_seg"][0].shape == (65, 65)
+
+
+def test_every_decoder_has_its_kmeans_step():
+    steps = [module for module in build_model().modules() if isinstance(module, KMeansCrossAttention)]
+    assert len(steps) == 6
