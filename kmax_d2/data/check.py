@@ -43,14 +43,6 @@ class Fault(NamedTuple):
     line: str
 
 
-class Faults(list[Fault]):
-    """A list of faults."""
-
-    def add(self, kind: str, line: str) -> None:
-        """Appends a fault."""
-        self.append(Fault(kind, line))
-
-
 @dataclass(frozen=True)
 class Sample:
     """An image and its annotation as described by the dataset.
@@ -72,7 +64,7 @@ class Findings:
     A segment is (category id, area in pixels, whether it is a crowd).
     """
 
-    faults: Faults = field(default_factory=Faults)
+    faults: list[Fault] = field(default_factory=list)
     size: tuple[int, int] | None = None
     void: int = 0
     segments: list[tuple[int, int, bool]] = field(default_factory=list)
@@ -86,7 +78,7 @@ class Dataset:
     metadata: Metadata
     categories: dict[int, Category]
     samples: list[Sample] = field(default_factory=list)
-    faults: Faults = field(default_factory=Faults)
+    faults: list[Fault] = field(default_factory=list)
 
     def check(self, workers: int = 0) -> list[Findings]:
         """Reads all files in parallel; returns the findings in the order of the samples."""
@@ -120,7 +112,7 @@ def registered(name: str) -> Dataset:
 def unregistered(image_root: str, panoptic_root: str, json_file: str) -> Dataset:
     """Describes a dataset in COCO panoptic format. Raises UserError if the JSON is not in this format."""
     content = read_json(json_file)
-    faults = Faults()
+    faults: list[Fault] = []
     categories = _well_formed(content["categories"], CATEGORY, "category", json_file, faults)
     _find_duplicates(categories, "id", "category id", json_file, faults)
     name = Path(json_file).stem
@@ -159,7 +151,7 @@ def _from_records(name: str) -> Dataset:
     return dataset
 
 
-def _well_formed(entries: Any, fields: dict, what: str, json_file: str, faults: Faults) -> list[dict]:
+def _well_formed(entries: Any, fields: dict, what: str, json_file: str, faults: list[Fault]) -> list[dict]:
     """Returns the entries whose fields have the right types; each of the others is a fault."""
     good: list[dict] = []
     for entry in entries if isinstance(entries, list) else [entries]:
@@ -167,7 +159,7 @@ def _well_formed(entries: Any, fields: dict, what: str, json_file: str, faults: 
         wrong = [key for key, kind in fields.items() if not isinstance(known.get(key), kind)]
         if wrong:
             shown = textwrap.shorten(str(entry), 80, placeholder="…")
-            faults.add("malformed entry", f"{json_file}: the {what} {shown} has no valid {', '.join(wrong)}")
+            faults.append(Fault("malformed entry", f"{json_file}: the {what} {shown} has no valid {', '.join(wrong)}"))
         else:
             good.append(entry)
     return good
@@ -188,7 +180,7 @@ def _read_samples(dataset: Dataset, content: dict, json_file: str, image_root: s
         png = os.path.join(panoptic_root, annotation["file_name"])
         image = image_of_id.get(annotation["image_id"])
         if image is None:
-            faults.add("annotation without image", f"{png}: no image has the id {annotation['image_id']}")
+            faults.append(Fault("annotation without image", f"{png}: no image has the id {annotation['image_id']}"))
             continue
         segments = _well_formed(annotation["segments_info"], SEGMENT, f"segment of {png}", json_file, faults)
         size = (image["height"], image["width"])
@@ -196,13 +188,13 @@ def _read_samples(dataset: Dataset, content: dict, json_file: str, image_root: s
     annotated = {annotation["image_id"] for annotation in annotations}
     for id_, image in image_of_id.items():
         if id_ not in annotated:
-            faults.add("image without annotation", f"{_image_file(image_root, image)} has no annotation")
+            faults.append(Fault("image without annotation", f"{_image_file(image_root, image)} has no annotation"))
 
 
-def _find_duplicates(entries: list[dict], key: str, what: str, json_file: str, faults: Faults) -> None:
+def _find_duplicates(entries: list[dict], key: str, what: str, json_file: str, faults: list[Fault]) -> None:
     for value, count in Counter(entry[key] for entry in entries).items():
         if count > 1:
-            faults.add("duplicate", f"{json_file}: {what} {value} is there {count} times")
+            faults.append(Fault("duplicate", f"{json_file}: {what} {value} is there {count} times"))
 
 
 def _image_file(image_root: str, image: dict) -> str:
@@ -222,58 +214,60 @@ def check_sample(sample: Sample) -> Findings:
     if image is not None:
         findings.size = (image.shape[0], image.shape[1])
         if expected is not None and tuple(expected) != findings.size:
-            faults.add("size mismatch", f"{sample.image} is {_size(image.shape)}, the JSON says {_size(expected)}")
+            faults.append(
+                Fault("size mismatch", f"{sample.image} is {_size(image.shape)}, the JSON says {_size(expected)}")
+            )
     known = _known_segments(sample, faults)
     colors = _read(sample.png, "PNG", faults)
     if colors is None:
         return findings
     size = findings.size or expected
     if size is not None and colors.shape[:2] != size:
-        faults.add("size mismatch", f"{sample.png} is {_size(colors.shape)}, its image {_size(size)}")
+        faults.append(Fault("size mismatch", f"{sample.png} is {_size(colors.shape)}, its image {_size(size)}"))
     present = {segment["id"]: segment["area"] for segment in describe(rgb2id(colors))}
     findings.void = present.pop(0, 0)
     for id_, area in present.items():
         if id_ not in known:
-            faults.add("id without segment", f"{sample.png}: {area} pixels of id {id_}, which its JSON lacks")
+            faults.append(Fault("id without segment", f"{sample.png}: {area} pixels of id {id_}, which its JSON lacks"))
     for id_, segment in known.items():
         if id_ not in present:
-            faults.add("segment without pixels", f"{sample.png}: no pixel of segment {id_}")
+            faults.append(Fault("segment without pixels", f"{sample.png}: no pixel of segment {id_}"))
             continue
         area = present[id_]
         if segment.get("area", area) != area:
             line = f"{sample.png}: segment {id_} has {area} pixels, the JSON says {segment['area']}"
-            faults.add("area mismatch", line)
+            faults.append(Fault("area mismatch", line))
         findings.segments.append((segment["category_id"], area, bool(segment.get("iscrowd", 0))))
     return findings
 
 
-def _known_segments(sample: Sample, faults: Faults) -> dict[int, dict]:
+def _known_segments(sample: Sample, faults: list[Fault]) -> dict[int, dict]:
     """Returns the segments by those ids that a color can encode; adds the faults of the others."""
     if not sample.segments:
-        faults.add("empty image", f"{sample.png} has no segment")
+        faults.append(Fault("empty image", f"{sample.png} has no segment"))
     known: dict[int, dict] = {}
     for segment in sample.segments:
         id_, category = segment["id"], segment["category_id"]
         if category not in sample.categories:
-            faults.add("unknown category", f"{sample.png}: segment {id_} has category {category}")
+            faults.append(Fault("unknown category", f"{sample.png}: segment {id_} has category {category}"))
         if not 0 < id_ < NUM_IDS:
-            faults.add("id out of range", f"{sample.png}: segment id {id_} is not within 1 and {NUM_IDS - 1}")
+            faults.append(Fault("id out of range", f"{sample.png}: segment id {id_} is not within 1 and {NUM_IDS - 1}"))
         elif id_ in known:
-            faults.add("duplicate", f"{sample.png}: segment id {id_} is there more than once")
+            faults.append(Fault("duplicate", f"{sample.png}: segment id {id_} is there more than once"))
         else:
             known[id_] = segment
     return known
 
 
-def _read(file: str, what: str, faults: Faults) -> np.ndarray | None:
+def _read(file: str, what: str, faults: list[Fault]) -> np.ndarray | None:
     """Reads (H, W, 3); returns None and adds a fault on failure."""
     if not os.path.isfile(file):
-        faults.add(f"missing {what}", file)
+        faults.append(Fault(f"missing {what}", file))
         return None
     try:
         return read_image({"file_name": file})
     except UserError as error:
-        faults.add(f"broken {what}", str(error))
+        faults.append(Fault(f"broken {what}", str(error)))
         return None
 
 

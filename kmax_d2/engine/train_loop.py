@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 
@@ -33,7 +32,7 @@ class TrainLoop(SimpleTrainer):
                 f"{', '.join(PRECISIONS)}{did_you_mean(str(precision), PRECISIONS)}"
             )
         self.device_type = next(model.parameters()).device.type
-        self.autocast_dtype = None if precision == "float32" else getattr(torch, precision)
+        self.dtype = getattr(torch, precision)
         self.grad_scaler = torch.amp.GradScaler(self.device_type, enabled=precision == "float16")
 
     def run_step(self) -> None:
@@ -42,7 +41,7 @@ class TrainLoop(SimpleTrainer):
         batch = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
         self.optimizer.zero_grad()  # before the forward pass, so that old gradients do not add to its peak memory
-        with self._autocast():
+        with torch.autocast(self.device_type, self.dtype, enabled=self.dtype != torch.float32):
             losses = self.model(batch)
         self.grad_scaler.scale(sum(losses.values())).backward()
         self._check(losses, batch)
@@ -50,11 +49,6 @@ class TrainLoop(SimpleTrainer):
         self.grad_scaler.unscale_(self.optimizer)  # which may clip gradients in its step
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device_type, dtype=self.autocast_dtype)
 
     def _check(self, losses: dict[str, torch.Tensor], batch: list[dict]) -> None:
         """Raises UserError that names the losses that are not finite and the images of the batch."""

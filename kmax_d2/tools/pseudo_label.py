@@ -31,7 +31,6 @@ import torch
 import yaml
 from detectron2.config import CfgNode
 from detectron2.utils import comm
-from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -89,17 +88,8 @@ def label(args: argparse.Namespace, files: Sequence[Path], folder: Path) -> None
             for segment in segments
             if segment["id"] in described
         ]
-        write(folder / f"{file.stem}.png", id_map, {"segments_info": segments_info})
-
-
-def _labels_of(file: Path, folder: Path) -> dict | None:
-    """Size and segments of an image, from its PNG; None if there is no intact one."""
-    png = folder / f"{file.stem}.png"
-    annotation = read_annotation(png)
-    if annotation is None:
-        return None
-    with Image.open(png) as image:
-        return annotation | {"width": image.width, "height": image.height}
+        size = {"height": id_map.shape[0], "width": id_map.shape[1]}
+        write(folder / f"{file.stem}.png", id_map, size | {"segments_info": segments_info})
 
 
 def remember_model(cfg: CfgNode, folder: Path) -> None:
@@ -147,13 +137,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     categories, name = categories_of(cfg), f"panoptic_{args.input.resolve().name}"
     folder = make_folder(args.output / name)
     remember_model(cfg, folder)
-    look = functools.partial(_labels_of, folder=folder)
-    found = dict(zip(files, parallel_map(look, files, "looking for labels"), strict=True))
+    pngs = {file: folder / f"{file.stem}.png" for file in files}
+    found = dict(zip(files, parallel_map(read_annotation, pngs.values(), "looking for labels"), strict=True))
     missing = [file for file, labels in found.items() if labels is None]
     if missing:
         # The processes only meet at the end, where one may have to wait long for the others.
         launch(label, args.num_gpus, dist_url="auto", timeout=timedelta(days=7), args=(args, missing, folder))
-        found |= dict(zip(missing, parallel_map(look, missing, "collecting labels"), strict=True))
+        written = parallel_map(read_annotation, [pngs[file] for file in missing], "collecting labels")
+        found |= dict(zip(missing, written, strict=True))
     labeled = {file: labels for file, labels in found.items() if labels is not None}
     entries = json_entries(labeled)
     if not entries:
