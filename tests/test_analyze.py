@@ -70,7 +70,7 @@ def test_command_line(capsys):
 
 @pytest.mark.parametrize(
     ("size", "reason"),
-    [((0, 65), "0×65"), ((65, 255 * 16 + 1), "axial attention reaches 255 positions")],
+    [((0, 65), "0×65"), ((65, 255 * 16 + 1), "axial attention covers 255 positions")],
 )
 def test_impossible_sizes(size, reason):
     with pytest.raises(UserError, match=reason):
