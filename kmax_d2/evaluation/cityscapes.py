@@ -86,7 +86,7 @@ class CityscapesEvaluator(DatasetEvaluator):
         return str(Path(self.truth_folder) / file.parent.name / name)
 
     def gather(self, counted: object) -> list | None:
-        """Archives predictions and returns every rank's `counted` on rank 0; None on others and without ground truth."""
+        """Archives predictions and returns every rank's `counted` on rank 0; else, or without ground truth, None."""
         everyone = comm.gather(counted)
         if not comm.is_main_process():
             return None
