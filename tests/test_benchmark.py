@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kmax_d2.errors import UserError
+from kmax_d2.modeling.merging import MaskWiseMerging
 from kmax_d2.tools import benchmark
 from kmax_d2.tools.made_up import MadeUpMerging, made_up_prediction
 
@@ -71,7 +72,12 @@ def test_made_up_prediction_is_a_dozen_confident_masks():
 
 def test_merging_gets_the_made_up_prediction():
     got = []
-    merging = MadeUpMerging(lambda *inputs: got.append(inputs))
+
+    class Recorder(MaskWiseMerging):
+        def __call__(self, *inputs):
+            got.append(inputs)
+
+    merging = MadeUpMerging(Recorder([True] * 5))
     for _ in range(2):
         merging(torch.zeros(20, 6), torch.zeros(20, 17, 25), (65, 97))
     assert got[0][2] == (65, 97)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
+
+from ..modeling.merging import MaskWiseMerging
 
 SEGMENTS = 12
 
@@ -35,9 +37,10 @@ def made_up_prediction(
 class MadeUpMerging(nn.Module):
     """Stands in for a model's merging, and gives it a made-up prediction: a random one is all void."""
 
-    def __init__(self, merging: Callable):
+    def __init__(self, merging: MaskWiseMerging):
         super().__init__()
         self.merging = merging
+        self.is_thing = merging.is_thing
 
     def forward(self, class_logits: torch.Tensor, mask_logits: torch.Tensor, *args, **kwargs) -> object:
         """Takes the arguments of the merging; of the logits only shape and device matter."""
