@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import programs
@@ -13,6 +14,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 from small import options
 
+import kmax_d2
 from kmax_d2 import model_zoo
 from kmax_d2.data.datasets import shapes
 from kmax_d2.data.mapper import read_image
@@ -105,15 +107,12 @@ def test_options(demo, tmp_path, opts, message):
         demo.main([*arguments, "--opts", *map(str, options()), *opts])
 
 
-def test_without_the_quickstarts_weights(demo, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "QUICKSTART_WEIGHTS", (tmp_path / "first.pth", tmp_path / "second.pth"))
-    args = demo.PARSER.parse(["--input", "image.png", "--config-file", "shapes/quickstart"])
-    with pytest.raises(UserError, match=r"make quickstart.*--config-file"):
-        demo.setup(args)
-    for name in ("second.pth", "first.pth"):
-        (tmp_path / name).touch()
-        chosen = demo.setup(args).MODEL.WEIGHTS
-        assert chosen == str(tmp_path / name)
+def test_weights_that_the_project_has_are_the_default(demo):
+    command = ["--input", "image.png", "--config-file", "shapes/quickstart"]
+    included = Path(demo.setup(demo.PARSER.parse(command)).MODEL.WEIGHTS)
+    assert included.samefile(Path(kmax_d2.__file__).parent / "assets" / "quickstart.pth")
+    own = demo.setup(demo.PARSER.parse([*command, "--weights", "own.pth"]))
+    assert own.MODEL.WEIGHTS == "own.pth"
 
 
 @pytest.fixture
