@@ -72,7 +72,8 @@ def one_image(data):
     name = "one_image"
     metadata = MetadataCatalog.get(config(data).DATASETS.TRAIN[0])
     DatasetCatalog.register(name, lambda: records)
-    MetadataCatalog.get(name).set(stuff_classes=metadata.stuff_classes)
+    copied = ("stuff_classes", "thing_dataset_id_to_contiguous_id")
+    MetadataCatalog.get(name).set(**{part: metadata.get(part) for part in copied})
     yield name
     DatasetCatalog.remove(name)
     MetadataCatalog.remove(name)
