@@ -26,7 +26,8 @@ def assert_same_results(first, second):
     assert (first["semantic"] != second["semantic"]).sum() <= few
     assert torch.equal(first["instances"].pred_classes, second["instances"].pred_classes)
     assert (first["instances"].pred_masks != second["instances"].pred_masks).flatten(1).sum(1).max() <= few
-    torch.testing.assert_close(first["instances"].scores, second["instances"].scores, rtol=1e-3, atol=1e-3)
+    # A pixel more or less counts in the score of a small mask.
+    torch.testing.assert_close(first["instances"].scores, second["instances"].scores, rtol=0, atol=0.02)
 
 
 # --- results ---

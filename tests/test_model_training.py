@@ -220,25 +220,28 @@ def test_gradient_of_a_decoder_is_its_slope():
 
 @pytest.mark.parametrize("name", ["KMeansCrossAttention", "SoftmaxCrossAttention", "SharedSoftmaxCrossAttention"])
 def test_one_image_learns_what_two_equal_ones_do(name):
-    """Their batch statistics are the same, and so must the gradients be."""
-    model = build_model(
-        seed=11,
-        MODEL__KMAX__TRANSFORMER_DECODER__CROSS_ATTENTION=name,
-        MODEL__KMAX__LOSS__SEMANTIC_WEIGHT=0.0,  # its pooled pixel is alone in a batch of one
-        **DETERMINISTIC,
-    )
-    seen = seen_by_criterion(model)
-    gradients = []
+    """Their batch statistics are the same, and so must be the gradients of a sum over all outputs of the decoders."""
+    decoder = build_model(MODEL__KMAX__TRANSFORMER_DECODER__CROSS_ATTENTION=name, **DETERMINISTIC).transformer_decoder
+    channels = [layer.pixel_projection.conv.in_channels for layer in decoder.layers[::2]] + [
+        decoder.predictor.pixel_head.depthwise.conv.in_channels
+    ]
+    torch.manual_seed(5)
+    maps = [torch.randn(1, width, side, side) for width, side in zip(channels, (5, 9, 17, 33), strict=True)]
+    weights, gradients = None, []
     for count in (1, 2):
-        model.zero_grad()
-        sum(model([sample(65, 65)] * count).values()).backward()
-        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
-    # Rounding does not move a pixel to another cluster.
-    assert min(smallest_gap(prediction.mask_logits) for prediction in seen[0][1:]) > 3e-4
-    alone, together = gradients
-    for name, gradient in together.items():
-        # Ten times what rounding makes of a network as narrow as this.
-        assert (alone[name] - gradient).norm() <= 1e-3 + 0.05 * gradient.norm(), name
+        inputs = [x.expand(count, -1, -1, -1).clone().requires_grad_() for x in maps]
+        final, auxiliary = decoder(inputs)
+        outputs = [output for prediction in (final, *auxiliary) for output in prediction]
+        weights = weights or [torch.randn_like(output) for output in outputs]
+        total = sum((weight * output).sum() / count for weight, output in zip(weights, outputs, strict=True))
+        of_parameters = torch.autograd.grad(total, list(decoder.parameters()), retain_graph=True)
+        of_maps = [gradient.sum(0) for gradient in torch.autograd.grad(total, inputs)]
+        gradients.append([*of_parameters, *of_maps])
+        # Rounding does not move a pixel to another cluster.
+        assert min(smallest_gap(prediction.mask_logits) for prediction in auxiliary) > 1e-4
+    largest = max(gradient.norm() for gradient in gradients[1])
+    for alone, together in zip(*gradients, strict=True):
+        assert (alone - together).norm() < 0.05 * together.norm() + 1e-4 * largest
 
 
 def test_a_small_step_along_the_gradient_lowers_the_loss_as_predicted():
