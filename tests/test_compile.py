@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import programs
 import pytest
 import torch
 from detectron2.modeling import build_model
@@ -155,7 +156,7 @@ def test_no_compiler(tmp_path):
     command = [sys.executable, "-m", "kmax_d2.tools.benchmark", "inference", "--config-file", "shapes/quickstart"]
     command += ["--device", "cpu", "--compile", "--no-memory"]
     environment = os.environ | {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=programs.ROOT)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: torch.compile does not work here (")
     assert "C++ compiler" in done.stderr

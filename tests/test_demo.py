@@ -68,6 +68,7 @@ def test_good_and_bad_images(tmp_path, weights):
     command += ["--output", str(tmp_path / "out"), "--config-file", "shapes/quickstart", "--weights", weights]
     command += ["--assignments", "--opts", *map(str, SURE)]
     environment = os.environ | {"KMAX_D2_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(programs.ROOT)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=100)
 
     assert done.returncode == 1, done.stderr

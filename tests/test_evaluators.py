@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -288,7 +289,7 @@ def test_cityscapes_without_cityscapesscripts(root, tmp_path, monkeypatch):
 
 def test_importing_the_project_needs_no_cityscapesscripts():
     code = "import sys; sys.modules['cityscapesscripts'] = None; import kmax_d2, kmax_d2.engine, kmax_d2.evaluation"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=programs.ROOT)
 
 
 # --- several processes ---

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -139,7 +140,8 @@ def test_model_that_finds_nothing_gives_no_dataset(folder):
 def test_processes_share_the_images(folder, made):
     arguments = [sys.executable, "-m", "kmax_d2.tools.pseudo_label", *command(folder, "shared"), "--num-gpus", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([*arguments, "DATALOADER.NUM_WORKERS", "0"], check=True, env=environment, capture_output=True)
+    arguments += ["DATALOADER.NUM_WORKERS", "0"]
+    subprocess.run(arguments, check=True, env=environment, capture_output=True, cwd=programs.ROOT)
     _, pngs, json_file = paths(folder, "shared")
     assert json_file.read_text() == made[2].read_text()
     for file in sorted(made[1].glob("*.png")):
