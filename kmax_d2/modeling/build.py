@@ -46,6 +46,7 @@ def thing_mask(cfg: CfgNode) -> list[bool]:
     for name, ids in zip(names, things, strict=True):
         if ids is None:
             known = DatasetCatalog.list()
-            raise UserError(f"no dataset {name} with panoptic classes is registered{did_you_mean(name, known)}")
+            hint = "" if name in known else did_you_mean(name, known)
+            raise UserError(f"no dataset {name} with panoptic classes is registered{hint}")
     contiguous = set(things[0].values()) if things else set()
     return [index in contiguous for index in range(cfg.MODEL.KMAX.NUM_CLASSES)]
