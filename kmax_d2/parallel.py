@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 from tqdm.contrib.concurrent import process_map
@@ -31,7 +31,7 @@ def parallel_map(
     """
     items = list(items)
     workers = min(workers or num_cores(), len(items))
-    bar = {"desc": description, "total": len(items), "mininterval": 0.5, "dynamic_ncols": True}
+    bar: dict[str, Any] = {"desc": description, "total": len(items), "mininterval": 0.5, "dynamic_ncols": True}
     if workers <= 1:
         return list(tqdm(map(function, items), **bar))
     return process_map(function, items, max_workers=workers, chunksize=1, **bar)

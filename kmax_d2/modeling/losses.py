@@ -132,7 +132,7 @@ def sample_pixels(targets: Targets, num_samples: int, temperature: float) -> tor
 
 def _log_partition(features: torch.Tensor) -> torch.Tensor:
     """log Σ_j exp(f_i · f_j / T) of features (k, C), for each i: (k,)."""
-    return (features @ features.T / TEMPERATURE).logsumexp(1)
+    return (features / TEMPERATURE @ features.T).logsumexp(1)
 
 
 def sample_features(feature_map: torch.Tensor, pixels: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
