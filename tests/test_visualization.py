@@ -24,7 +24,9 @@ def metadata():
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return build_model(ready_config("shapes/quickstart", options())).eval()
+    return build_model(
+        ready_config("shapes/quickstart", options(MODEL__KMAX__TRANSFORMER_DECODER__DECODERS=[2, 2, 2]))
+    ).eval()
 
 
 @pytest.fixture
