@@ -42,7 +42,6 @@ def test_it_draws_trains_evaluates_and_leaves_results_and_pictures(tmp_path, mon
     assert (output / "model_final.pth").is_file()
     assert "3/3" in run.stderr
     assert "Traceback" not in run.stderr
-    # What was drawn is drawn no more.
     again = quickstart(output, shapes_cache, ["SOLVER.MAXITER", 3])
     assert again.returncode == 1
     assert again.stderr.strip().splitlines()[-1] == "error: no option SOLVER.MAXITER - did you mean SOLVER.MAX_ITER?"

@@ -12,6 +12,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from ..errors import UserError
+from ..files import whole_file
 
 FILE = "model_final_ema.pth"
 
@@ -56,7 +57,8 @@ class WeightAverage(HookBase):
         step = self.trainer.iter + 1
         self._ema.update(_unwrapped(self.trainer.model), step=step)
         if step == self.trainer.max_iter and comm.is_main_process():
-            torch.save({"model": self.model.state_dict()}, self._file)
+            with whole_file(self._file) as unfinished:
+                torch.save({"model": self.model.state_dict()}, unfinished)
 
     def state_dict(self) -> dict:
         """Returns the averaged weights, which Detectron2 stores in checkpoints."""
