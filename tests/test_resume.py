@@ -6,14 +6,18 @@ import subprocess
 import time
 from pathlib import Path
 
+import programs
 import pytest
+import small
 import torch
+from detectron2.utils.env import seed_all_rng
 from runs import arguments, start_train_net, train_net, write_own_data
 
 from kmax_d2.checkpoint import newest_checkpoint
 from kmax_d2.engine import Trainer, setup
 from kmax_d2.engine.stop import STOPPED
 from kmax_d2.errors import UserError
+from kmax_d2.files import lock_folder
 
 STEPS, BREAK = 4, 2
 
@@ -47,10 +51,11 @@ def assert_same(one, other, name="checkpoint"):
 def run(own_data, folder, **changes):
     """Trains in this process, resuming what the folder has; returns the losses by iteration."""
     changes = {"SOLVER__MAX_ITER": STEPS, "SOLVER__CHECKPOINT_PERIOD": BREAK} | changes
+    seed_all_rng(1)
     trainer = Trainer(setup(arguments(own_data, OUTPUT_DIR=str(folder), **changes)))
     trainer.resume_or_load(resume=True)
     trainer.train()
-    return dict((step, loss) for loss, step in trainer.storage.history("total_loss").values())
+    return {step: loss for loss, step in trainer.storage.history("total_loss").values()}
 
 
 @pytest.mark.parametrize(
@@ -98,7 +103,7 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.05)
 
 
-def interrupted(own_data, folder, *options, number, processes=1):
+def interrupted(own_data, folder, *options, number):
     """Starts a run, sends it a signal after its first checkpoint; returns its exit status."""
     process = start_train_net(folder, own_data, *options, SOLVER__MAX_ITER=500, SOLVER__CHECKPOINT_PERIOD=1)
     try:
@@ -112,12 +117,32 @@ def interrupted(own_data, folder, *options, number, processes=1):
 
 def test_a_signal_ends_the_run_with_a_checkpoint_and_a_status_of_its_own(own_data, tmp_path):
     assert interrupted(own_data, tmp_path, number=signal.SIGTERM) == STOPPED
-    stopped = loaded(newest_checkpoint(tmp_path))
-    steps = stopped["iteration"] + 2
-    run = train_net(tmp_path, own_data, SOLVER__MAX_ITER=500)
-    assert run.returncode == 1 and "continue it with --resume" in run.stderr.splitlines()[-1]
-    run = train_net(tmp_path, own_data, "--resume", SOLVER__MAX_ITER=steps)
-    assert run.returncode == 0 and f"Starting training from iteration {steps - 1}" in run.stdout
+    steps = loaded(newest_checkpoint(tmp_path))["iteration"] + 3
+    again = train_net(tmp_path, own_data, "--resume", SOLVER__MAX_ITER=steps)
+    assert again.returncode == 0 and f"Starting training from iteration {steps - 2}" in again.stdout
+
+
+def refusal(own_data, folder, *options, **changes):
+    """Returns the one line with which train_net.py refuses to run, in this process."""
+    changes = {"OUTPUT_DIR": str(folder), "MODEL__WEIGHTS": ""} | changes
+    with pytest.raises(UserError) as refused:
+        program = programs.load(programs.TRAIN_NET)
+        files = ("--train-data", *own_data["train"], "--test-data", *own_data["val"])
+        program.main([*files, *options, *map(str, small.options(**changes))])
+    return str(refused.value)
+
+
+def test_a_run_is_not_started_over_another_one_nor_without_what_it_needs(own_data, tmp_path, monkeypatch):
+    assert "evaluates the last checkpoint, but" in refusal(own_data, tmp_path, "--eval-only", "--resume")
+    assert "needs MODEL.WEIGHTS" in refusal(own_data, tmp_path, "--eval-only")
+    run(own_data, tmp_path / "finished", SOLVER__MAX_ITER=1)
+    assert "continue it with --resume" in refusal(own_data, tmp_path / "finished")
+    lock_folder(tmp_path / "in use")
+    assert "another run writes to" in refusal(own_data, tmp_path / "in use")
+    assert "must be at least 1" in refusal(own_data, tmp_path, "--num-gpus", "0")
+    assert "--num-machines needs --dist-url" in refusal(own_data, tmp_path, "--num-machines", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert "leave out --num-gpus" in refusal(own_data, tmp_path, "--num-gpus", "2")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
@@ -140,29 +165,12 @@ def test_a_killed_run_resumes(own_data, tmp_path, processes):
     assert not list(tmp_path.glob(".*.part*"))
 
 
-def test_a_folder_in_use_is_locked(own_data, tmp_path):
-    process = start_train_net(tmp_path, own_data, SOLVER__MAX_ITER=500)
-    try:
-        wait_for((tmp_path / ".lock").exists, process)
-        run = train_net(tmp_path, own_data)
-        assert run.returncode == 1 and "another run writes to" in run.stderr.splitlines()[-1]
-    finally:
-        process.kill()
-        process.communicate()
-
-
 def test_torchrun_trains_once_in_two_processes(own_data, tmp_path):
     run = train_net(tmp_path, own_data, torchrun=2, SOLVER__MAX_ITER=2)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("Starting training from iteration 0") == 1
     state = loaded(tmp_path / "model_final.pth")["trainer"]["_trainer"]
     assert state["samples"] == 4
-
-
-def test_torchrun_and_num_gpus_exclude_each_other(own_data, tmp_path):
-    run = train_net(tmp_path, own_data, "--num-gpus", "2", torchrun=1)
-    assert run.returncode == 1
-    assert "error: torchrun starts the processes: leave out --num-gpus and --num-machines" in run.stderr
 
 
 def damage(file):
@@ -180,7 +188,7 @@ def test_resuming_goes_back_to_the_newest_whole_checkpoint(own_data, tmp_path, c
     assert newest_checkpoint(tmp_path) == str(tmp_path / "model_0000000.pth")
     for file in tmp_path.glob("model_*.pth"):
         damage(file)
-    with pytest.raises(UserError, match="no checkpoint in .* can be read"):
+    with pytest.raises(UserError, match=r"neither model_.* nor an earlier one"):
         newest_checkpoint(tmp_path)
 
 

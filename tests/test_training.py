@@ -52,19 +52,6 @@ def test_a_run_logs_every_loss_and_all_results_of_one_model(trained):
     assert (output / "model_final.pth").is_file()
 
 
-def test_resume_continues_where_the_run_stopped(trained, own_data):
-    output, _ = trained
-    before = torch.load(output / "model_final.pth", map_location="cpu", weights_only=True)
-    run = train_net(output, own_data, "--resume", SOLVER__MAX_ITER=6)
-    assert run.returncode == 0, run.stderr
-    assert "Starting training from iteration 4" in run.stdout
-    after = torch.load(output / "model_final.pth", map_location="cpu", weights_only=True)
-    assert before["iteration"] == 3
-    assert after["iteration"] == 5
-    name = "backbone.stem.norm.num_batches_tracked"
-    assert after["model"][name] - before["model"][name] == 2
-
-
 def test_two_processes_train_and_evaluate_as_one_does(own_data, tmp_path):
     run = train_net(
         tmp_path, own_data, "--num-gpus", "2", "--dist-url", "auto", SOLVER__MAX_ITER=2, TEST__EVAL_PERIOD=2
@@ -112,16 +99,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(o
     assert torch.equal(trainer.model.backbone.stem.conv.weight, weight)
     again = torch.load(tmp_path / "model_final.pth", map_location="cpu", weights_only=True)["model"]
     assert all(torch.equal(kept[name], again[name]) for name in kept)
-
-
-def test_the_same_seed_gives_the_same_run(own_data, tmp_path):
-    weights = []
-    for name in ("first", "second"):
-        run = train_net(tmp_path / name, own_data, SOLVER__MAX_ITER=2)
-        assert run.returncode == 0, run.stderr
-        weights.append(torch.load(tmp_path / name / "model_final.pth", map_location="cpu", weights_only=True)["model"])
-    first, second = weights
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_decay_is_on_kernels_alone_and_the_backbone_learns_slower():

@@ -8,6 +8,7 @@ import time
 import torch
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
 
 from ..data import seed_by
 from ..errors import UserError, did_you_mean
@@ -63,7 +64,7 @@ class TrainLoop(SimpleTrainer):
         self.grad_scaler.update()
         if self.grad_scaler.is_enabled():
             self.skipped += self.grad_scaler.get_scale() < scale
-            self.storage.put_scalar("skipped_steps", self.skipped)
+            get_event_storage().put_scalar("skipped_steps", self.skipped)
         self.samples += len(batch) * comm.get_world_size()
 
     def _check(self, losses: dict[str, torch.Tensor], batch: list[dict]) -> None:
