@@ -71,9 +71,9 @@ class KMaXCheckpointer(DetectionCheckpointer):
         with whole_file(file) as unfinished, open(unfinished, "wb") as stream:
             try:
                 torch.save(data | extra, stream)
-            except RuntimeError as error:  # what PyTorch makes of a write that failed
+            except (OSError, RuntimeError) as error:  # PyTorch may turn the one into the other
                 size = sum(weight.nbytes for weight in tree_leaves(data) if isinstance(weight, torch.Tensor))
-                raise OSError(f"{error.__context__ or error}; it needs {size / 1e6:.0f} MB") from error
+                raise OSError(f"{getattr(error, 'strerror', error)}; it needs {size / 1e3:.0f} kB") from error
         self.tag_last_checkpoint(file.name)
         if self.keep:
             for old in sorted(file.parent.glob("model_[0-9]*[0-9].pth"))[: -self.keep]:
