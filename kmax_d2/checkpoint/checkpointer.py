@@ -68,11 +68,12 @@ class KMaXCheckpointer(DetectionCheckpointer):
             raise UserError("the weights are no longer finite, so they were not saved; the last checkpoint is kept")
         file = Path(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {file}")
-        with whole_file(file) as unfinished, open(unfinished, "wb") as stream:
+        with whole_file(file) as unfinished:
             try:
-                torch.save(data | extra, stream)
+                with open(unfinished, "wb") as stream:
+                    torch.save(data | extra, stream)
             except (OSError, RuntimeError) as error:  # PyTorch may turn the one into the other
-                size = sum(weight.nbytes for weight in tree_leaves(data) if isinstance(weight, torch.Tensor))
+                size = sum(leaf.nbytes for leaf in tree_leaves(data) if isinstance(leaf, torch.Tensor))
                 raise OSError(f"{getattr(error, 'strerror', error)}; it needs {size / 1e3:.0f} kB") from error
         self.tag_last_checkpoint(file.name)
         if self.keep:
