@@ -98,6 +98,7 @@ def _read(file: str, resume: bool) -> dict:
     if head and tarfile.is_tarfile(file):
         return {"model": _read_archive(file)}
     is_zip = head.startswith(b"PK\x03\x04")
+    loaded: object
     if file.endswith(".safetensors") or head[8:9] == b"{":  # the length of its header, then the header in JSON
         try:
             loaded = load_file(file)

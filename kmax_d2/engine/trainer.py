@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, build_detection_test_loader
+from detectron2.data import DatasetFromList, build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.engine.hooks import EvalHook
@@ -34,6 +34,7 @@ from ..data import (
     skip_samples,
     training_records,
 )
+from ..data.preflight import require_readable
 from ..errors import HideUserErrors, UserError
 from ..evaluation import build_evaluator
 from ..speed import require_precision, training_model, use_precision
@@ -117,6 +118,10 @@ class Trainer(DefaultTrainer):
         Returns:
             the results of the last evaluation, in the main process; empty if a subclass left evaluation out.
         """
+        if comm.is_main_process():
+            for name in self.cfg.DATASETS.TEST:
+                with _needs_files_of([name]):
+                    require_readable(name, get_detection_dataset_dicts(name, filter_empty=False))
         log, hide = logging.getLogger(TrainerBase.__module__), HideUserErrors()
         log.addFilter(hide)
         try:
@@ -157,6 +162,8 @@ class Trainer(DefaultTrainer):
         with _needs_files_of(cfg.DATASETS.TRAIN):
             dataset: Any = training_records(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
         if isinstance(dataset, list):
+            if comm.is_main_process() and not cfg.INPUT.SKIP_BROKEN:
+                require_readable(", ".join(cfg.DATASETS.TRAIN), dataset)
             dataset = DatasetFromList(dataset, copy=False)  # shared by all workers
         if cfg.INPUT.COPY_PASTE:
             dataset = WithPasteSource(dataset)
