@@ -15,7 +15,7 @@ def blocks_of(model):
         for stage in (model.stage2, model.stage3, model.stage4, model.stage5):
             for block in stage:
                 units = [block.conv1, block.conv2, block.conv3, block.shortcut]
-                yield [(unit.conv, unit.norm) for unit in units if unit is not None]
+                yield [(unit.conv, unit.norm) for unit in units if hasattr(unit, "conv")]
     else:
         yield [(model.conv1, model.bn1)]
         for stage in (model.layer1, model.layer2, model.layer3, model.layer4):

@@ -18,17 +18,7 @@ def keyword_arguments(options: CfgNode, without: Collection[str] = ("NAME",)) ->
 
 
 def build_from(registry: Registry, option: str, name: str, *args: object, **kwargs: object) -> nn.Module:
-    """Calls the registered part with this name.
-
-    Args:
-        registry: one of Detectron2's or of this project.
-        option: the option that holds the name, for the error.
-        name: of the part.
-        args, kwargs: what the part is called with.
-
-    Raises:
-        UserError: nothing is registered under this name.
-    """
+    """Calls the registered part with this name. Raises UserError that names the option if there is none."""
     if name not in registry:
         known = sorted(registered for registered, _ in registry)
         raise UserError(f"{option} is {name}, but there are {', '.join(known)}{did_you_mean(name, known)}")

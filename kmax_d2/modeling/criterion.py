@@ -30,17 +30,8 @@ from .predictor import Prediction
 class Criterion(nn.Module):
     """One matching, from the final prediction, serves every prediction's terms; each term has its weight.
 
-    Args:
-        pq_weight: of both PQ-style terms.
-        mask_id_weight: of the mask-id cross-entropy.
-        instance_weight: of the pixel-wise instance discrimination.
-        semantic_weight: of the auxiliary semantic loss.
-        num_samples: pixels sampled for the instance and semantic terms.
-        instance_temperature, semantic_temperature: how much these samples prefer small masks.
-        min_pq_weight: floor of the detached weights of the PQ-style terms.
-        semantic_hard_share: the semantic loss takes this share of all pixels, the hardest ones; 0 samples pixels.
-        is_thing: for each of the K contiguous classes; read, as the next two are, where that share is not 0.
-        small_instance_area, small_instance_weight: pixels of things with fewer pixels in the crop have this weight.
+    Arguments are the options of MODEL.KMAX.LOSS, and for each of the K contiguous classes whether it is a thing, which
+    is read where `semantic_hard_share` is not 0.
     """
 
     @configurable
@@ -77,7 +68,7 @@ class Criterion(nn.Module):
         self.semantic_hard_share = semantic_hard_share
         self.small_instance_area = small_instance_area
         self.small_instance_weight = small_instance_weight
-        self.register_buffer("is_thing", torch.tensor(is_thing, dtype=torch.bool), persistent=False)
+        self.register_buffer("is_thing", torch.as_tensor(is_thing, dtype=torch.bool), persistent=False)
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -122,12 +113,8 @@ class Criterion(nn.Module):
         log_probability = torch.cat([matched_log_probability(p.mask_logits, matching, size) for p in predictions])
         matching = matching.repeat(count)
         pixels = sample_pixels(targets, self.num_samples, self.instance_temperature)
-        features = torch.cat(
-            [
-                sample_features(p.pixel_feature, own, size)
-                for p, own in zip(predictions, pixels.chunk(count), strict=True)
-            ]
-        )
+        samples = zip(predictions, pixels.chunk(count), strict=True)
+        features = torch.cat([sample_features(p.pixel_feature, own, size) for p, own in samples])
         floor = self.min_pq_weight
         terms = {
             "loss_pq_class": pq_class_loss(class_logits, targets, matching, floor),
@@ -145,9 +132,8 @@ class Criterion(nn.Module):
         if self.semantic_hard_share > 0:
             step = (size[0] - 1) // (logits.shape[2] - 1)
             ids = targets.segment_ids.unflatten(1, size)[:, ::step, ::step].flatten(1)
-            weights = small_instance_weights(
-                targets, self.is_thing, self.small_instance_area, self.small_instance_weight
-            )
+            area, weight = self.small_instance_area, self.small_instance_weight
+            weights = small_instance_weights(targets, self.is_thing, area, weight)
             return hardest_semantic_loss(logits.flatten(2), ids, targets, weights, self.semantic_hard_share)
         pixels = sample_pixels(targets, self.num_samples, self.semantic_temperature)
         return semantic_loss(sample_features(logits, pixels, size), pixels, targets)

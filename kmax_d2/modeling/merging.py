@@ -7,27 +7,16 @@ whether a mask is pasted follows from an N × N table of overlaps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode
 
 from ..errors import UserError
 from .build import thing_mask
-from .top_two import TopTwo, top_two_queries
-
-OPTIONS = (
-    "PIXEL_THRESHOLD",
-    "THING_THRESHOLD",
-    "STUFF_THRESHOLD",
-    "OVERLAP_THRESHOLD",
-    "CLASS_POWER",
-    "MASK_POWER",
-    "THING_AREA_LIMIT",
-    "STUFF_AREA_LIMIT",
-)
+from .top_two import TopTwo, find_top_two
 
 
 class Segmentation(NamedTuple):
@@ -73,10 +62,11 @@ def look_up(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return table.index_select(0, index.flatten()).view(index.shape)
 
 
+@dataclass
 class MaskWiseMerging:
     """Pastes masks one after the other, the most confident first.
 
-    Args:
+    Attributes:
         is_thing: for each class whether it is a thing.
         pixel_threshold: a mask is where its probability is above this; at least 1/3.
         thing_threshold, stuff_threshold: least class confidence of a pasted mask.
@@ -85,44 +75,32 @@ class MaskWiseMerging:
         thing_area_limit, stuff_area_limit: smaller segments become void, in pixels of the merged map.
     """
 
-    @configurable
-    def __init__(
-        self,
-        is_thing: Sequence[bool],
-        *,
-        pixel_threshold: float = 0.4,
-        thing_threshold: float = 0.7,
-        stuff_threshold: float = 0.5,
-        overlap_threshold: float = 0.8,
-        class_power: float = 1.0,
-        mask_power: float = 1.0,
-        thing_area_limit: int = 400,
-        stuff_area_limit: int = 6400,
-    ):
-        if pixel_threshold < 1 / 3:
+    is_thing: Any  # becomes a tensor
+    pixel_threshold: float = 0.4
+    thing_threshold: float = 0.7
+    stuff_threshold: float = 0.5
+    overlap_threshold: float = 0.8
+    class_power: float = 1.0
+    mask_power: float = 1.0
+    thing_area_limit: int = 400
+    stuff_area_limit: int = 6400
+
+    def __post_init__(self) -> None:
+        self.is_thing = torch.as_tensor(self.is_thing, dtype=torch.bool)
+        if self.pixel_threshold < 1 / 3:
             raise UserError(
-                f"MODEL.KMAX.TEST.PIXEL_THRESHOLD is {pixel_threshold}, but must be at least 1/3, so that no more than "
-                "two masks meet at a pixel"
+                f"MODEL.KMAX.TEST.PIXEL_THRESHOLD is {self.pixel_threshold}, but must be at least 1/3, so that no more "
+                "than two masks meet at a pixel"
             )
-        self.top_two_queries = top_two_queries
-        self.is_thing = torch.tensor(list(is_thing), dtype=torch.bool)
-        self.pixel_threshold = pixel_threshold
-        self.thing_threshold = thing_threshold
-        self.stuff_threshold = stuff_threshold
-        self.overlap_threshold = overlap_threshold
-        self.class_power = class_power
-        self.mask_power = mask_power
-        self.thing_area_limit = thing_area_limit
-        self.stuff_area_limit = stuff_area_limit
 
     @classmethod
-    def from_config(cls, cfg) -> dict:
-        """Reads the constructor's arguments from a config."""
+    def from_config(cls, cfg: CfgNode) -> MaskWiseMerging:
+        """Builds the merging of a config."""
         test = cfg.MODEL.KMAX.TEST
-        options = {name.lower(): test[name] for name in OPTIONS} | {"is_thing": thing_mask(cfg)}
+        options = {field.name: test[field.name.upper()] for field in fields(cls) if field.name != "is_thing"}
         if not test.MERGE_AT_CROP:
             options |= {"thing_area_limit": 0, "stuff_area_limit": 0}
-        return options
+        return cls(thing_mask(cfg), **options)
 
     def __call__(
         self,
@@ -140,7 +118,7 @@ class MaskWiseMerging:
             extent: the fraction of the mask logits' height and width that the map spans.
         """
         class_logits, mask_logits = class_logits.detach(), mask_logits.detach()
-        top_two = TopTwo(*self.top_two_queries(mask_logits, size, extent))
+        top_two = find_top_two(mask_logits, size, extent)
         confidence, query_class = class_logits.float().softmax(1)[:, :-1].max(1)
         mask_score = self._mask_score(mask_logits)
         order = torch.argsort(confidence**self.class_power * mask_score**self.mask_power, descending=True, stable=True)
@@ -200,12 +178,8 @@ class MaskWiseMerging:
             if not candidate[query] or free <= self.overlap_threshold * areas[query]:
                 continue
             covered += overlaps[query]
-            new = {
-                "category_id": category[query],
-                "isthing": thing[query],
-                "area": 0,
-                "score": float(confidence[query]),
-            }
+            new = {"category_id": category[query], "isthing": thing[query], "area": 0}
+            new["score"] = float(confidence[query])
             # Masks of one stuff class are one segment.
             segment = new if thing[query] else stuff.setdefault(category[query], new)
             segment["area"] += int(free)

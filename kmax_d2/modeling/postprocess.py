@@ -86,7 +86,7 @@ class Postprocessor(nn.Module):
         test = cfg.MODEL.KMAX.TEST
         wanted = {"panoptic": test.PANOPTIC_ON, "semantic": test.SEMANTIC_ON, "instance": test.INSTANCE_ON}
         return {
-            "merging": MaskWiseMerging(cfg),
+            "merging": MaskWiseMerging.from_config(cfg),
             "merge_at_crop": test.MERGE_AT_CROP,
             "outputs": [name for name, on in wanted.items() if on],
             "semantic": test.SEMANTIC,
@@ -160,11 +160,7 @@ def query_classes(merged: Segmentation) -> torch.Tensor:
 
 
 def panoptic_instances(
-    merged: Segmentation,
-    is_thing: torch.Tensor,
-    max_instances: int,
-    real: tuple[int, int],
-    size: tuple[int, int],
+    merged: Segmentation, is_thing: torch.Tensor, max_instances: int, real: tuple[int, int], size: tuple[int, int]
 ) -> Instances:
     """The official instances: pixels of each thing class in :func:`query_classes`, split by the pasted queries.
 

@@ -16,16 +16,9 @@ EXPANSION = 4  # output channels over base width
 class ResidualBlock(nn.Module):
     """Adds a branch to the shortcut. Input and output are raw sums: a block activates its input, not its output.
 
-    Subclasses define :meth:`branch` on the layers that they pass.
-
-    Args:
-        layers: the branch's layers by name.
-        in_channels: channels of the raw input.
-        width: base width C; the output has 4C channels.
-        stride: stride of the branch, and so of the shortcut's projection.
-        drop_path: probability of dropping the branch, for each sample.
-        norm: name of the batch norm.
-        act_layer: activation.
+    Subclasses define :meth:`branch` on the layers that they pass by name. With a base width C, the output has 4C
+    channels. `stride` is that of the branch, and so of the shortcut's projection; `drop_path` is the probability of
+    dropping the branch, for each sample.
     """
 
     def __init__(
@@ -44,9 +37,9 @@ class ResidualBlock(nn.Module):
         for name, layer in layers.items():
             self.add_module(name, layer)
         self.drop_path = DropPath(drop_path)
-        out_channels = EXPANSION * width
-        needs_projection = stride != 1 or in_channels != out_channels
-        self.shortcut = ConvBN(in_channels, out_channels, norm=norm, stride=stride) if needs_projection else None
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != EXPANSION * width:
+            self.shortcut = ConvBN(in_channels, EXPANSION * width, norm=norm, stride=stride)
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
         """The residual branch: (B, in_channels, H, W), activated, to the block's output shape."""
@@ -55,16 +48,13 @@ class ResidualBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_channels, H, W) to (B, 4 · width, ceil(H / stride), ceil(W / stride))."""
         x = self.act(x)
-        shortcut = x if self.shortcut is None else self.shortcut(x)
-        return shortcut + self.drop_path(self.branch(x))
+        return self.shortcut(x) + self.drop_path(self.branch(x))
 
 
 class Bottleneck(ResidualBlock):
     """1×1 to C, 3×3, 1×1 to 4C (https://arxiv.org/abs/1512.03385).
 
-    Args:
-        dilation: of the 3×3 convolution.
-        in_channels, width, norm, stride, drop_path, act_layer: see :class:`ResidualBlock`; the 3×3 strides.
+    Arguments as for :class:`ResidualBlock`, and the dilation of the 3×3, which also strides.
     """
 
     def __init__(

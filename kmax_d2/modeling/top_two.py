@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,10 @@ import torch
 # A strip goes through a few steps and should stay in a core's cache; a GPU is faster with few large strips.
 LOGITS_PER_THREAD = 2**17
 LOGITS_ON_GPU = 2**26
+
+
+# Equal functions that are faster on some devices, by the type of the device; kmax_d2.speed adds its own.
+FASTER: dict[str, Callable] = {}
 
 
 class TopTwo(NamedTuple):
@@ -24,17 +28,12 @@ class TopTwo(NamedTuple):
     probability: torch.Tensor
 
 
-def spacing(positions: int, pixels: int, extent: float) -> float:
-    """Distance, in positions of a map, between two pixels of its resized version (aligned corners)."""
-    return (positions - 1) * extent / max(pixels - 1, 1)
-
-
 def _interpolation(
     positions: int, pixels: int, extent: float, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """For each pixel along one axis of a resized map the two positions that it lies between, and how far."""
     last = positions - 1
-    place = torch.arange(pixels, device=device) * spacing(positions, pixels, extent)
+    place = torch.arange(pixels, device=device) * ((positions - 1) * extent / max(pixels - 1, 1))
     before = place.long().clamp_max(last)
     return before, (before + 1).clamp_max(last), place - before
 
@@ -71,12 +70,9 @@ def upsampled(mask_logits: torch.Tensor, size: tuple[int, int], extent: tuple[fl
 def top_two_queries(
     mask_logits: torch.Tensor, size: tuple[int, int], extent: tuple[float, float] = (1.0, 1.0)
 ) -> TopTwo:
-    """Upsamples logits bilinearly (aligned corners) and keeps each pixel's two best queries.
+    """Upsamples logits (N, h, w), N ≥ 2, bilinearly (aligned corners) and keeps each pixel's two best queries.
 
-    Args:
-        mask_logits: (N, h, w) with N ≥ 2.
-        size: (H, W) to upsample to.
-        extent: the fraction of the map's height and width that the pixels span; below 1 it excludes padding.
+    `extent` is the fraction of the map's height and width that the pixels span; below 1 it excludes padding.
     """
     num_queries, pixels, device = len(mask_logits), size[0] * size[1], mask_logits.device
     # The first of several zeros is wanted, so it has the largest weight.
@@ -106,11 +102,14 @@ def top_two_queries(
     return TopTwo(query.view(2, *size), probability.view(2, *size))
 
 
+def find_top_two(mask_logits: torch.Tensor, size: tuple[int, int], extent: tuple[float, float] = (1.0, 1.0)) -> TopTwo:
+    """:func:`top_two_queries`, or the faster function for the device of the logits that :mod:`kmax_d2.speed` has."""
+    function = FASTER.get(mask_logits.device.type, top_two_queries)
+    return TopTwo(*function(mask_logits, size, extent))
+
+
 def marginal_classes(
-    class_logits: torch.Tensor,
-    mask_logits: torch.Tensor,
-    size: tuple[int, int],
-    extent: tuple[float, float] = (1.0, 1.0),
+    class_logits: torch.Tensor, mask_logits: torch.Tensor, size: tuple[int, int], extent: tuple[float, float] = (1, 1)
 ) -> torch.Tensor:
     """(H, W) int64, the class with the largest sum over the queries of class probability times mask probability.
 

@@ -6,6 +6,7 @@ from .fold import fold_batch_norms
 from .memory import keep_freed_memory
 from .precision import PRECISIONS, require_precision, use_precision
 from .ready import inference_model, training_model
+from .top_two import top_two_on_gpu
 
 __all__ = [
     "COMPILE_MODES",
@@ -16,6 +17,7 @@ __all__ = [
     "inference_model",
     "keep_freed_memory",
     "require_precision",
+    "top_two_on_gpu",
     "training_model",
     "use_precision",
 ]

@@ -21,12 +21,6 @@ def checkpoint_blocks(model: nn.Module) -> nn.Module:
     These are the residual blocks of encoder and pixel decoder, the kMaX decoders, the final predictor and the semantic
     head. Gradients, running statistics and dropped paths stay what they are without checkpointing. Parts that
     `torch.compile` runs are left to the compiler.
-
-    Args:
-        model: of any kind.
-
-    Returns:
-        The model.
     """
     for module in _blocks(model):
         module.forward = functools.partial(_forward, module, module.forward)
@@ -49,10 +43,7 @@ def _forward(module: nn.Module, forward: Callable, *inputs: object) -> object:
     if not trains or sum(x.numel() for x in tensors if isinstance(x, torch.Tensor)) < SMALLEST:
         return forward(*inputs)
     return checkpoint(
-        forward,
-        *inputs,
-        use_reentrant=False,
-        context_fn=lambda: (contextlib.nullcontext(), _statistics_frozen(module)),
+        forward, *inputs, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _statistics_frozen(module))
     )
 
 

@@ -30,19 +30,13 @@ def compile_model(model: nn.Module, mode: str, *, backend: str = "inductor") -> 
             vary. The next forward pass then overwrites the output of `predict`.
         backend: of torch.compile; "eager" and "aot_eager" only trace, for tests, and have no mode.
 
-    Returns:
-        The model.
-
-    Raises:
-        UserError: if there is no such mode, or if nothing can be compiled here.
+    Raises UserError if there is no such mode, or if nothing can be compiled here.
     """
     if not mode:
         return model
     if mode not in COMPILE_MODES:
-        raise UserError(
-            f'MODEL.KMAX.COMPILE is {mode}, but there are "", '
-            f"{', '.join(COMPILE_MODES)}{did_you_mean(mode, COMPILE_MODES)}"
-        )
+        known = ", ".join(COMPILE_MODES) + did_you_mean(mode, COMPILE_MODES)
+        raise UserError(f'MODEL.KMAX.COMPILE is {mode}, but there are "", {known}')
     _try_out(backend, model.device)
     logger.warning("torch.compile: the first batch, and the first of another size, take minutes")
     for name in PARTS:

@@ -20,21 +20,10 @@ def top_two_in_one_kernel(
     query = torch.empty(2, *size, dtype=torch.int64, device=logits.device)
     probability = torch.empty(2, *size, dtype=torch.float32, device=logits.device)
     grid = triton.cdiv(size[1], TILE_WIDTH), triton.cdiv(size[0], TILE_HEIGHT)
+    spacing = ((n - 1) * share / max(m - 1, 1) for n, m, share in zip((height, width), size, extent, strict=True))
+    numbers = queries, height, width, *size, *spacing
     with torch.cuda.device_of(logits):  # Triton launches on the current one
-        top_two_kernel[grid](
-            logits,
-            query,
-            probability,
-            queries,
-            height,
-            width,
-            *size,
-            (height - 1) * extent[0] / max(size[0] - 1, 1),
-            (width - 1) * extent[1] / max(size[1] - 1, 1),
-            TILE_HEIGHT,
-            TILE_WIDTH,
-            num_warps=WARPS,
-        )
+        top_two_kernel[grid](logits, query, probability, *numbers, TILE_HEIGHT, TILE_WIDTH, num_warps=WARPS)
     return query, probability
 
 

@@ -23,12 +23,9 @@ class KMaXMaXS(ResidualBackbone):
     """MaX-S: bottlenecks at first, axial blocks from stride 16 on.
 
     Args:
-        blocks: blocks in stages 2 to 5; the first of each strides.
-        widths: base width of each of these stages; its output has four times as many channels.
+        blocks, widths, drop_path: of stages 2 to 5 the blocks, the base width (outputs have four times as many
+            channels), and the probability of dropping a residual branch. A first block has that of the stage before.
         stem_widths: channels of the stem's three 3×3 convolutions.
-        drop_path: probability of dropping a block's residual branch, for each of these stages. A stage's first block
-            has that of the stage before.
-        norm: name of the batch norm.
     """
 
     act_layer = nn.GELU

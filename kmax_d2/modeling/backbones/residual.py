@@ -37,20 +37,10 @@ class ResidualBackbone(Backbone):
         axial_stride: float = math.inf,
         drop_path: Sequence[float] = (0.0, 0.0, 0.0, 0.0),
     ) -> None:
-        """Adds stages 2 to 5, and notes the shapes of all maps.
+        """Adds stages 2 to 5, and notes the shapes of all maps. Raises UserError for options of another number.
 
-        Args:
-            stem_channels, stem_stride: of the stem's output.
-            blocks: blocks in each stage; the first of them strides.
-            widths: base width of each stage; its output has four times as many channels.
-            norm: name of the batch norm.
-            first_stride: stride of stage 2; the others stride by 2.
-            axial_stride: blocks whose input has this stride or a coarser one are axial, the others bottlenecks.
-            drop_path: probability of dropping a block's residual branch, for each stage. A stage's first block has
-                that of the stage before.
-
-        Raises:
-            UserError: not four stages.
+        The first block of a stage strides by 2, or by `first_stride` in stage 2, and has the drop path rate of the
+        stage before. Blocks whose input has the stride `axial_stride` or a coarser one are axial, others bottlenecks.
         """
         if not len(blocks) == len(widths) == len(drop_path) == len(STAGES):
             raise UserError(f"{type(self).__name__} has four stages: its options need a value for each of them")
@@ -62,10 +52,8 @@ class ResidualBackbone(Backbone):
             stage = nn.Sequential()
             for index in range(depth):
                 step = 1 if index > 0 else first_stride if name == STAGES[0] else 2
-                block_type = AxialBlock if stride >= axial_stride else Bottleneck
-                stage.append(
-                    block_type(channels, width, norm=norm, stride=step, drop_path=rate, act_layer=self.act_layer)
-                )
+                block = AxialBlock if stride >= axial_stride else Bottleneck
+                stage.append(block(channels, width, norm=norm, stride=step, drop_path=rate, act_layer=self.act_layer))
                 channels, stride, rate = EXPANSION * width, stride * step, stage_rate
             self.add_module(name, stage)
             self._out_feature_channels[name] = channels

@@ -25,11 +25,9 @@ class KMaXResNet(ResidualBackbone):
     In the standard form stage1 comes after the max pool (OS 4), stage 2 does not stride, and all maps are activated.
 
     Args:
-        blocks: bottlenecks in stages 2 to 5; (3, 4, 6, 3) is ResNet-50.
-        widths: base width of each of these stages; its output has four times as many channels.
+        blocks, widths: of stages 2 to 5 the bottlenecks and the base width; outputs have four times as many channels.
         stem_width: channels of the 7×7 stem.
         standard: whether to take the standard form.
-        norm: name of the batch norm.
     """
 
     act_layer = nn.ReLU
@@ -47,14 +45,7 @@ class KMaXResNet(ResidualBackbone):
         super().__init__()
         self.standard = standard
         self.stem = ConvBN(3, stem_width, 7, norm=norm, stride=2)
-        self.add_stages(
-            stem_width,
-            4 if standard else 2,
-            blocks,
-            widths,
-            norm=norm,
-            first_stride=1 if standard else 2,
-        )
+        self.add_stages(stem_width, 4 if standard else 2, blocks, widths, norm=norm, first_stride=1 if standard else 2)
 
     @classmethod
     def from_config(cls, cfg, input_shape: ShapeSpec) -> dict:
