@@ -96,28 +96,19 @@ def _by_position(x: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
 
 
 class AxialBlock(ResidualBlock):
-    """1×1 to 2C, attention along the height and then the width, which stride, 1×1 to 4C (MaX-DeepLab, Fig. 4).
+    """1×1 to 2C, attention along the height and then the width, which stride, 1×1 to 4C (MaX-DeepLab, Fig. 4)."""
 
-    Arguments as for :class:`ResidualBlock`.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        width: int,
-        *,
-        norm: str,
-        stride: int = 1,
-        drop_path: float = 0.0,
-        act_layer: type[nn.Module] = nn.GELU,
-    ):
-        layers = {
+    @staticmethod
+    def layers(
+        in_channels: int, width: int, norm: str, stride: int, act_layer: type[nn.Module]
+    ) -> dict[str, nn.Module]:
+        """Two convolutions and, for between them, two attentions."""
+        return {
             "conv1": ConvBN(in_channels, 2 * width, norm=norm, act_layer=act_layer),
             "height_attention": AxialAttention1D(2 * width, width, "height", norm=norm, stride=stride),
             "width_attention": AxialAttention1D(2 * width, width, "width", norm=norm, stride=stride),
             "conv3": ConvBN(2 * width, EXPANSION * width, norm=norm, init_gain=0.0),
         }
-        super().__init__(layers, in_channels, width, norm=norm, stride=stride, drop_path=drop_path, act_layer=act_layer)
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
         """Both attentions between the two convolutions."""

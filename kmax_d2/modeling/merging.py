@@ -7,6 +7,7 @@ whether a mask is pasted follows from an N × N table of overlaps.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from detectron2.config import CfgNode
 
 from ..errors import UserError
 from .build import thing_mask
-from .top_two import TopTwo, find_top_two
+from .top_two import TopTwo, by_rows, find_top_two, row_strips
 
 
 class Segmentation(NamedTuple):
@@ -25,7 +26,7 @@ class Segmentation(NamedTuple):
     Attributes:
         segment_ids: (H, W) int32, 0 is void.
         segments: one dict for each segment: "id", "category_id" (contiguous), "isthing", "area" and "score".
-        pasted_query: (H, W) int64, the query pasted at each pixel, before the area limits; -1 for none.
+        pasted_query: (H, W) int16, the query pasted at each pixel, before the area limits; -1 for none.
         query_class: (N,) best non-void class of each query.
         query_confidence: (N,) its probability.
         query_score: (N,) confidence times mask score of each query.
@@ -42,7 +43,7 @@ class Segmentation(NamedTuple):
 
 
 def count_values(values: torch.Tensor, number: int) -> torch.Tensor:
-    """(number,) how often each of 0, 1, ..., number − 1 is among int64 values, which hold no others."""
+    """(number,) int64, how often each of 0, 1, ..., number − 1 is among int64 values, which hold no others."""
     return count_without_waiting(values, number) if values.is_cuda else values.flatten().bincount(minlength=number)
 
 
@@ -58,8 +59,8 @@ def count_without_waiting(values: torch.Tensor, number: int, copies: int = 256) 
 
 
 def look_up(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """table[index] of a table with one axis; faster on a CPU."""
-    return table.index_select(0, index.flatten()).view(index.shape)
+    """table[index] of a table with one axis, for an index of any integer type; faster on a CPU."""
+    return table.index_select(0, index.flatten().int()).view(index.shape)
 
 
 @dataclass
@@ -122,7 +123,8 @@ class MaskWiseMerging:
         confidence, query_class = class_logits.float().softmax(1)[:, :-1].max(1)
         mask_score = self._mask_score(mask_logits)
         order = torch.argsort(confidence**self.class_power * mask_score**self.mask_power, descending=True, stable=True)
-        masks, *counts = self._masks(top_two, len(class_logits))
+        masks = top_two.query.masked_fill(~(top_two.probability > self.pixel_threshold), len(class_logits))
+        counts = self._counts(masks, len(class_logits))
 
         # The only transfer to the host: a few numbers for each query.
         numbers = torch.cat([t.double().flatten() for t in (order, query_class, confidence, *counts)]).cpu()
@@ -133,21 +135,25 @@ class MaskWiseMerging:
             segment_ids, segments, pasted_query, query_class, confidence, confidence * mask_score, top_two
         )
 
-    def _masks(self, top_two: TopTwo, num_queries: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Which masks are at each pixel, (2, H, W) queries or N for none, (N,) areas and (N, N) overlaps."""
-        masks = top_two.query.masked_fill(~(top_two.probability > self.pixel_threshold), num_queries)
+    @staticmethod
+    def _counts(masks: torch.Tensor, num_queries: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """From the masks at each pixel, (2, H, W) queries or N for none, to (N,) areas and (N, N) overlaps."""
         bins = num_queries + 1
-        area = count_values(masks, bins)[:-1]
+        pairs = torch.zeros(bins, bins, dtype=torch.int64, device=masks.device)
+        for rows in row_strips(masks.shape):
+            best, runner_up = masks[:, rows].long()
+            pairs += count_values(best * bins + runner_up, bins**2).view(bins, bins)
         # Masks meet only where the runner-up is above the threshold, and there the best is too.
-        pairs = count_values(masks[0] * bins + masks[1], bins**2).view(bins, bins)[:-1, :-1]
-        return masks, area, pairs + pairs.T
+        area = pairs.sum(1) + pairs.sum(0)
+        return area[:-1], (pairs + pairs.T)[:-1, :-1]
 
     @staticmethod
     def _paint(masks: torch.Tensor, tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(H, W) segment ids and pasted queries of the masks at each pixel, by the tables of :meth:`_paste`."""
-        rank_of_query, query_of_rank, id_of_rank = tables
-        winner = torch.minimum(*look_up(rank_of_query, masks))
-        return look_up(id_of_rank.int(), winner), look_up(query_of_rank, winner)
+        rank_of_query, query_of_rank, id_of_rank = tables.short()
+        winner = by_rows(lambda strip: torch.minimum(*look_up(rank_of_query, strip)), masks)
+        segment_ids = by_rows(functools.partial(look_up, id_of_rank.int()), winner)
+        return segment_ids, by_rows(functools.partial(look_up, query_of_rank), winner)
 
     def _mask_score(self, mask_logits: torch.Tensor) -> torch.Tensor:
         """(N,) mean probability where it is above the threshold, on the map as predicted; 0 if nowhere."""

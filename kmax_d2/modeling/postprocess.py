@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from detectron2.config import configurable
 from detectron2.structures import Boxes, Instances
 from torch import nn
-from torchvision.ops import masks_to_boxes
 
 from ..errors import UserError
-from .merging import MaskWiseMerging, Segmentation
-from .top_two import marginal_classes
+from .merging import MaskWiseMerging, Segmentation, count_values, look_up
+from .top_two import by_rows, marginal_classes, row_strips
 
 
 class Results(dict):
@@ -156,7 +156,7 @@ def panoptic_result(
 
 def query_classes(merged: Segmentation) -> torch.Tensor:
     """(H, W) class of the query with the largest mask logit at each pixel, without thresholds, as officially."""
-    return merged.query_class[merged.top_two.query[0]]
+    return by_rows(functools.partial(look_up, merged.query_class), merged.top_two.query[0])
 
 
 def panoptic_instances(
@@ -174,25 +174,31 @@ def panoptic_instances(
         real: height and width without padding.
         size: of the result.
     """
+    num_queries, num_classes = len(merged.query_class), len(is_thing)
+    # An instance is a pair of class and pasted query; the last key is for the pixels of none.
+    none = num_classes * num_queries
+    keys_of_query = (merged.query_class * num_queries).where(
+        is_thing.to(merged.query_class.device)[merged.query_class], none
+    )
+
+    def key_of(top: torch.Tensor, pasted: torch.Tensor) -> torch.Tensor:
+        return torch.where(pasted >= 0, look_up(keys_of_query, top) + pasted, none).clamp_max(none).int()
+
     top, probability, pasted = (
         resize_nearest(x, real, size)
         for x in (merged.top_two.query[0], merged.top_two.probability[0], merged.pasted_query)
     )
-    num_queries, num_classes = len(merged.query_class), len(is_thing)
-    # An instance is a pair of class and pasted query; the last key is for the pixels of none.
-    classes = merged.query_class[top]
-    none = num_classes * num_queries
-    key = torch.where(is_thing.to(top.device)[classes] & (pasted >= 0), classes * num_queries + pasted, none)
-    flat = key.flatten()
-    area = torch.bincount(flat, minlength=none + 1)[:none]
-    sums = [
-        torch.bincount(flat, weights.flatten().double(), minlength=none + 1)[:none]
-        for weights in (merged.query_confidence[top], probability)
-    ]
-    score = (sums[0] * sums[1] / area.clamp_min(1).double() ** 2).float()
+    key = by_rows(key_of, top, pasted)
+    sums = torch.zeros(3, none, dtype=torch.float64, device=key.device)
+    for rows in row_strips(size):
+        confidence = look_up(merged.query_confidence, top[rows])
+        for total, weight in zip(sums, (torch.ones_like(confidence), confidence, probability[rows]), strict=True):
+            total += torch.bincount(key[rows].flatten(), weight.flatten().double(), minlength=none + 1)[:none]
+    area, confidence, mask_probability = sums
+    score = (confidence * mask_probability / area.clamp_min(1) ** 2).float()
     score, kept = score.topk(min(max_instances, none))
     kept, score = kept[score > 0], score[score > 0]
-    return _instances(key == kept[:, None, None], score, kept // num_queries)
+    return _instances(key == kept[:, None, None].int(), score, kept // num_queries)
 
 
 def query_instances(
@@ -206,19 +212,26 @@ def query_instances(
     """The usual instances: the best thing queries with their whole masks, scored by class confidence × mask score."""
     score = merged.query_score.where(is_thing.to(merged.query_score.device)[merged.query_class], 0)
     score, query = score.topk(min(max_instances, len(score)))
-    score, query = score[score > 0], query[score > 0]
     top = merged.top_two
     # A pixel below the threshold belongs to no mask.
     best = resize_nearest(top.query.where(top.probability > pixel_threshold, -1), real, size)
-    masks = (best[0] == query[:, None, None]) | (best[1] == query[:, None, None])
-    present = masks.flatten(1).any(1)
-    return _instances(masks[present], score[present], merged.query_class[query[present]])
+    areas = torch.zeros(len(merged.query_score) + 1, dtype=torch.int64, device=best.device)  # void is first
+    for rows in row_strips(size):
+        areas += count_values(best[:, rows].long() + 1, len(areas))
+    kept = (score > 0) & (areas[query + 1] > 0)
+    score, query = score[kept], query[kept]
+    wanted = query.short()[:, None, None]
+    masks = by_rows(lambda strip: (strip[0] == wanted) | (strip[1] == wanted), best)
+    return _instances(masks, score, merged.query_class[query])
 
 
 def _instances(masks: torch.Tensor, scores: torch.Tensor, classes: torch.Tensor) -> Instances:
-    boxes = masks_to_boxes(masks)
-    # Boxes reach to the far edge of their last pixel.
-    boxes[:, 2:] += 1
+    """Masks (n, H, W), none of them empty, with their boxes, which reach to the far edge of their last pixel."""
+    boxes = []
+    for line in (masks.any(1), masks.any(2)):  # columns, rows
+        first, behind = line.byte().argmax(1), line.shape[1] - line.flip(1).byte().argmax(1)
+        boxes.append(torch.stack([first, behind], dim=1))
+    corners = torch.stack(boxes, dim=2).flatten(1).float()
     return Instances(
-        tuple(masks.shape[-2:]), pred_masks=masks, pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes
+        tuple(masks.shape[-2:]), pred_masks=masks, pred_boxes=Boxes(corners), scores=scores, pred_classes=classes
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ import torch
 # A strip goes through a few steps and should stay in a core's cache; a GPU is faster with few large strips.
 LOGITS_PER_THREAD = 2**17
 LOGITS_ON_GPU = 2**26
+PIXELS_AT_ONCE = 2**22  # in work on maps of the original size, which a photo's may be many times as large as
 
 
 # Equal functions that are faster on some devices, by the type of the device; kmax_d2.speed adds its own.
@@ -20,12 +21,30 @@ class TopTwo(NamedTuple):
     """The two best queries of each pixel.
 
     Attributes:
-        query: (2, H, W) int64 indices, best first; among equal queries the first.
+        query: (2, H, W) int16 indices, best first; among equal queries the first.
         probability: (2, H, W), softmax over all queries.
     """
 
     query: torch.Tensor
     probability: torch.Tensor
+
+
+def row_strips(size: Sequence[int]) -> Iterator[slice]:
+    """The rows of maps (..., H, W), in strips of about PIXELS_AT_ONCE, so that what is made of one stays small."""
+    height, width = size[-2:]
+    rows = max(1, PIXELS_AT_ONCE // width)
+    return (slice(start, start + rows) for start in range(0, height, rows))
+
+
+def by_rows(function: Callable[..., torch.Tensor], *maps: torch.Tensor) -> torch.Tensor:
+    """A function of single pixels of maps (..., H, W), computed strip by strip."""
+    size, whole = maps[0].shape[-2:], torch.empty(0)
+    for rows in row_strips(size):
+        strip = function(*(x[..., rows, :] for x in maps))
+        if rows.start == 0:
+            whole = strip.new_empty(*strip.shape[:-2], *size)
+        whole[..., rows, :] = strip
+    return whole
 
 
 def _interpolation(
@@ -87,18 +106,18 @@ def top_two_queries(
         # NaN must not become an index out of range.
         return (num_queries - weight).long().clamp_(0, num_queries - 1)
 
-    query = torch.empty(2, pixels, dtype=torch.int64, device=device)
-    partition, runner_up = torch.empty(2, pixels, device=device)
+    query = torch.empty(2, pixels, dtype=torch.int16, device=device)
+    probability = torch.empty(2, pixels, device=device)
     start = 0
     for strip in upsampled(mask_logits, size, extent):
         strip = strip.flatten(0, 1)
         part = slice(start, start := start + len(strip))
         strip -= strip.amax(1, keepdim=True)
         first = query[0, part] = index(weight_of_zero(strip))
-        partition[part] = strip.exp_().sum(1)
-        best = runner_up[part] = strip.scatter_(1, first[:, None], -1.0).amax(1)
-        query[1, part] = index(weight_of_zero(strip.sub_(best[:, None])))
-    probability = torch.stack([partition.reciprocal(), runner_up / partition])
+        partition = strip.exp_().sum(1)
+        runner_up = strip.scatter_(1, first[:, None], -1.0).amax(1)
+        probability[:, part] = torch.stack([partition.reciprocal(), runner_up / partition])
+        query[1, part] = index(weight_of_zero(strip.sub_(runner_up[:, None])))
     return TopTwo(query.view(2, *size), probability.view(2, *size))
 
 
@@ -117,7 +136,9 @@ def marginal_classes(
     """
     classes = class_logits.float().softmax(1)[:, :-1]
     # Dividing by the sum over queries would not change which class is the largest.
-    strips = (
-        strip.sub_(strip.amax(-1, keepdim=True)).exp_() @ classes for strip in upsampled(mask_logits, size, extent)
-    )
-    return torch.cat([strip.argmax(-1) for strip in strips])
+    best = torch.empty(size, dtype=torch.int64, device=mask_logits.device)
+    start = 0
+    for strip in upsampled(mask_logits, size, extent):
+        part = slice(start, start := start + len(strip))
+        best[part] = (strip.sub_(strip.amax(-1, keepdim=True)).exp_() @ classes).argmax(-1)
+    return best

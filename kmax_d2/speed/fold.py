@@ -53,7 +53,7 @@ def fold_batch_norms(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn
             module.act = _in_place(module.act)
         if isinstance(module, nn.Sequential):
             # Nothing else reads the raw sum between two blocks of a stage.
-            for block in (block for block in module[1:] if isinstance(block, ResidualBlock)):
+            for block in [block for block in list(module)[1:] if isinstance(block, ResidualBlock)]:
                 block.act = _in_place(block.act)
     if dtype != torch.float32:
         # The update of the centers is in float32, also under autocast.

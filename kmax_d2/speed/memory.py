@@ -18,8 +18,8 @@ def keep_freed_memory() -> bool:
     """
     if os.environ.get("KMAX_D2_KEEP_MEMORY") == "0" or platform.libc_ver()[0] != "glibc":
         return False
-    # PyTorch then aligns large tensors to pages. At its usual 64 bytes, the few bytes that glibc cuts off beside a tensor
-    # go to others, and its place, once it is free, is too small for the next tensor of the same size.
+    # PyTorch then aligns large tensors to pages. At its usual 64 bytes, the few bytes that glibc cuts off beside one go
+    # to something small, and the place, once it is free, is too small for the next tensor of the same size.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = ctypes.CDLL(None).mallopt
     return mallopt(M_MMAP_MAX, 0) == 1 and mallopt(M_TRIM_THRESHOLD, 2**31 - 1) == 1

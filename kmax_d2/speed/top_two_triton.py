@@ -17,7 +17,7 @@ def top_two_in_one_kernel(
     """:func:`~kmax_d2.modeling.top_two.top_two_queries` on a GPU, which never waits for it."""
     logits = mask_logits.contiguous()
     queries, height, width = logits.shape
-    query = torch.empty(2, *size, dtype=torch.int64, device=logits.device)
+    query = torch.empty(2, *size, dtype=torch.int16, device=logits.device)
     probability = torch.empty(2, *size, dtype=torch.float32, device=logits.device)
     grid = triton.cdiv(size[1], TILE_WIDTH), triton.cdiv(size[0], TILE_HEIGHT)
     spacing = ((n - 1) * share / max(m - 1, 1) for n, m, share in zip((height, width), size, extent, strict=True))
@@ -85,7 +85,7 @@ def top_two_kernel(
     inside = (row < out_height) & (column < out_width)
     place = row * out_width + column
     area = out_height * out_width
-    tl.store(query + place, first.to(tl.int64), inside)
-    tl.store(query + area + place, second.to(tl.int64), inside)
+    tl.store(query + place, first.to(tl.int16), inside)
+    tl.store(query + area + place, second.to(tl.int16), inside)
     tl.store(probability + place, 1 / partition, inside)
     tl.store(probability + area + place, tl.exp(runner_up - best) / partition, inside)

@@ -13,7 +13,7 @@ from torch import nn
 from ...errors import UserError
 from ..build import keyword_arguments
 from ..layers import ConvBN
-from .residual import ResidualBackbone
+from .resnet import ResidualBackbone
 
 AXIAL_STRIDE = 16  # blocks whose input has this stride or a coarser one attend along the axes
 
