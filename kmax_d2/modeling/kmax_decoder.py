@@ -30,18 +30,18 @@ predictions need class logits, and returns the final Prediction and the list of 
 class CenterSelfAttention(nn.Module):
     """Self-attention among the centers, with batch norms in place of the usual scaling by 1/√d.
 
-    Key and value channels are counted over all heads.
+    Centers and values have `channels`, queries and keys `key_channels` over all heads.
     """
 
-    def __init__(self, channels: int, *, key_channels: int, value_channels: int, num_heads: int, norm: str):
+    def __init__(self, channels: int, *, key_channels: int, num_heads: int, norm: str):
         super().__init__()
         self.num_heads = num_heads
-        self.split = (key_channels, key_channels, value_channels)
+        self.split = (key_channels, key_channels, channels)
         self.qkv = LinearBN(channels, sum(self.split), norm=norm, init_std=channels**-0.5)
         self.norm_logits = batch_norm(norm, num_heads)
-        self.norm_values = batch_norm(norm, value_channels)
+        self.norm_values = batch_norm(norm, channels)
         self.act = nn.GELU()
-        self.projection = LinearBN(value_channels, channels, norm=norm, init_gain=0.0)
+        self.projection = LinearBN(channels, channels, norm=norm, init_gain=0.0)
 
     def forward(self, centers: torch.Tensor) -> torch.Tensor:
         """(B, N, C) to an update of the same shape."""
@@ -90,21 +90,11 @@ class KMaXDecoderLayer(nn.Module):
         self.act = nn.GELU()
         self.pixel_projection = ConvBN(pixel_channels, channels, norm=norm, act_layer=nn.GELU)
         self.center_projection = LinearBN(channels, channels, norm=norm, act_layer=nn.GELU)
-        self.predictor = Predictor(
-            channels, channels, num_classes, norm=norm, hidden_channels=channels, feature_channels=feature_channels
-        )
-        self.cross_attention = build_from(
-            CROSS_ATTENTION_REGISTRY,
-            "MODEL.KMAX.TRANSFORMER_DECODER.CROSS_ATTENTION",
-            cross_attention,
-            channels,
-            key_channels=key_channels,
-            num_heads=num_heads,
-            norm=norm,
-        )
-        self.attention = CenterSelfAttention(
-            channels, key_channels=key_channels, value_channels=channels, num_heads=num_heads, norm=norm
-        )
+        self.predictor = Predictor(channels, channels, num_classes, norm=norm, feature_channels=feature_channels)
+        option = "MODEL.KMAX.TRANSFORMER_DECODER.CROSS_ATTENTION"
+        heads: dict[str, Any] = {"key_channels": key_channels, "num_heads": num_heads, "norm": norm}
+        self.cross_attention = build_from(CROSS_ATTENTION_REGISTRY, option, cross_attention, channels, **heads)
+        self.attention = CenterSelfAttention(channels, **heads)
         self.ffn = FeedForward(channels, ffn_channels, norm=norm)
         self.drop_path = DropPath(drop_path)
 
@@ -168,7 +158,7 @@ class KMaXTransformerDecoder(nn.Module):
         )
         self.class_projection = LinearBN(channels, channels, norm=norm, act_layer=nn.GELU)
         self.mask_projection = LinearBN(channels, channels, norm=norm, act_layer=nn.GELU)
-        self.predictor = Predictor(input_shape[-1].channels, channels, num_classes, hidden_channels=channels, **shared)
+        self.predictor = Predictor(input_shape[-1].channels, channels, num_classes, **shared)
 
     @classmethod
     def from_config(cls, cfg, input_shape: Sequence[ShapeSpec]) -> dict:

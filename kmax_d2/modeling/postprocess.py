@@ -48,11 +48,8 @@ class Postprocessor(nn.Module):
         merge_at_crop: merge on the padded image and resize ids; else resize logits to the original size and merge.
         outputs: which of "panoptic", "semantic" and "instance" to give.
         semantic: "query" or "marginal", :func:`query_classes` or :func:`~kmax_d2.modeling.top_two.marginal_classes`.
-        instance: "query" or "panoptic", :func:`query_instances` or :func:`panoptic_instances`.
+        instance: "query" or "panoptic", :meth:`query_instances` or :meth:`panoptic_instances`.
         max_instances: most instances of an image; those with the best scores are kept.
-
-    Raises:
-        UserError: `semantic` or `instance` is none of these.
     """
 
     @configurable
@@ -67,12 +64,9 @@ class Postprocessor(nn.Module):
         max_instances: int = 100,
     ):
         super().__init__()
-        for option, value, known in (
-            ("SEMANTIC", semantic, ("query", "marginal")),
-            ("INSTANCE", instance, ("query", "panoptic")),
-        ):
-            if value not in known:
-                raise UserError(f"MODEL.KMAX.TEST.{option} is {value}, but there are {' and '.join(known)}")
+        for option, value, other in (("SEMANTIC", semantic, "marginal"), ("INSTANCE", instance, "panoptic")):
+            if value not in ("query", other):
+                raise UserError(f"MODEL.KMAX.TEST.{option} is {value}, but there are query and {other}")
         self.merging = merging
         self.merge_at_crop = merge_at_crop
         self.outputs = tuple(outputs)
@@ -114,24 +108,66 @@ class Postprocessor(nn.Module):
             size, extent = original, ((real[0] - 1) / (padded[0] - 1), (real[1] - 1) / (padded[1] - 1))
             real = original
         merged = self.merging(class_logits, mask_logits, size, extent)
-        is_thing = self.merging.is_thing
-        results = Results(len(is_thing))
+        results = Results(len(self.merging.is_thing))
         if "panoptic" in self.outputs:
             results["panoptic_seg"] = panoptic_result(merged, real, original)
         if "semantic" in self.outputs:
-            if self.semantic == "query":
-                classes = query_classes(merged)
-            else:
-                classes = marginal_classes(class_logits, mask_logits, size, extent)
+            best = self.semantic == "query"
+            classes = query_classes(merged) if best else marginal_classes(class_logits, mask_logits, size, extent)
             results["semantic"] = resize_nearest(classes, real, original)
         if "instance" in self.outputs:
-            if self.instance == "panoptic":
-                instances = panoptic_instances(merged, is_thing, self.max_instances, real, original)
-            else:
-                threshold = self.merging.pixel_threshold
-                instances = query_instances(merged, is_thing, threshold, self.max_instances, real, original)
-            results["instances"] = instances
+            instances = self.query_instances if self.instance == "query" else self.panoptic_instances
+            results["instances"] = instances(merged, real, original)
         return results
+
+    def panoptic_instances(self, merged: Segmentation, real: tuple[int, int], size: tuple[int, int]) -> Instances:
+        """The official instances: pixels of each thing class in :func:`query_classes`, split by the pasted queries.
+
+        Instances do not overlap. The score is the mean class confidence of the pixels times the mean of their largest
+        mask probability. `real` is without padding, `size` that of the result.
+        """
+        num_queries, is_thing = len(merged.query_class), self.merging.is_thing.to(merged.query_class.device)
+        # An instance is a pair of class and pasted query; the last key is for the pixels of none.
+        none = len(is_thing) * num_queries
+        first_key = (merged.query_class * num_queries).where(is_thing[merged.query_class], none)
+
+        def key_of(top: torch.Tensor, pasted: torch.Tensor) -> torch.Tensor:
+            return torch.where(pasted >= 0, look_up(first_key, top) + pasted, none).clamp_max(none).int()
+
+        maps = merged.top_two.query[0], merged.top_two.probability[0], merged.pasted_query
+        top, probability, pasted = (resize_nearest(x, real, size) for x in maps)
+        key = by_rows(key_of, top, pasted)
+        sums = torch.zeros(3, none + 1, dtype=torch.float64, device=key.device)
+        for rows in row_strips(size):
+            confidence = look_up(merged.query_confidence, top[rows])
+            weights = torch.ones_like(confidence), confidence, probability[rows]
+            flat = key[rows].flatten()
+            sums += torch.stack([flat.bincount(x.flatten().double(), minlength=none + 1) for x in weights])
+        area, confidence, mask_probability = sums[:, :-1]
+        score = (confidence * mask_probability / area.clamp_min(1) ** 2).float()
+        score, kept = score.topk(min(self.max_instances, none))
+        kept, score = kept[score > 0], score[score > 0]
+        return _instances(key == kept[:, None, None].int(), score, kept // num_queries)
+
+    def query_instances(self, merged: Segmentation, real: tuple[int, int], size: tuple[int, int]) -> Instances:
+        """The usual instances: the best thing queries with their whole masks, scored by class confidence × mask score.
+
+        `real` is without padding, `size` that of the result.
+        """
+        is_thing = self.merging.is_thing.to(merged.query_class.device)
+        score = merged.query_score.where(is_thing[merged.query_class], 0)
+        score, query = score.topk(min(self.max_instances, len(score)))
+        # A pixel below the threshold belongs to no mask.
+        top = merged.top_two
+        best = resize_nearest(top.query.where(top.probability > self.merging.pixel_threshold, -1), real, size)
+        areas = torch.zeros(len(merged.query_score) + 1, dtype=torch.int64, device=best.device)  # that of none is first
+        for rows in row_strips(size):
+            areas += count_values(best[:, rows].long() + 1, len(areas))
+        kept = (score > 0) & (areas[query + 1] > 0)
+        score, query = score[kept], query[kept]
+        wanted = query.short()[:, None, None]
+        masks = by_rows(lambda strip: (strip[0] == wanted) | (strip[1] == wanted), best)
+        return _instances(masks, score, merged.query_class[query])
 
 
 def resize_nearest(labels: torch.Tensor, real: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
@@ -157,72 +193,6 @@ def panoptic_result(
 def query_classes(merged: Segmentation) -> torch.Tensor:
     """(H, W) class of the query with the largest mask logit at each pixel, without thresholds, as officially."""
     return by_rows(functools.partial(look_up, merged.query_class), merged.top_two.query[0])
-
-
-def panoptic_instances(
-    merged: Segmentation, is_thing: torch.Tensor, max_instances: int, real: tuple[int, int], size: tuple[int, int]
-) -> Instances:
-    """The official instances: pixels of each thing class in :func:`query_classes`, split by the pasted queries.
-
-    Instances do not overlap. The score is the mean class confidence of the pixels times the mean of their largest mask
-    probability.
-
-    Args:
-        merged: of the image, padded or not.
-        is_thing: (K,) bool.
-        max_instances: most instances; those with the best scores are kept.
-        real: height and width without padding.
-        size: of the result.
-    """
-    num_queries, num_classes = len(merged.query_class), len(is_thing)
-    # An instance is a pair of class and pasted query; the last key is for the pixels of none.
-    none = num_classes * num_queries
-    keys_of_query = (merged.query_class * num_queries).where(
-        is_thing.to(merged.query_class.device)[merged.query_class], none
-    )
-
-    def key_of(top: torch.Tensor, pasted: torch.Tensor) -> torch.Tensor:
-        return torch.where(pasted >= 0, look_up(keys_of_query, top) + pasted, none).clamp_max(none).int()
-
-    top, probability, pasted = (
-        resize_nearest(x, real, size)
-        for x in (merged.top_two.query[0], merged.top_two.probability[0], merged.pasted_query)
-    )
-    key = by_rows(key_of, top, pasted)
-    sums = torch.zeros(3, none, dtype=torch.float64, device=key.device)
-    for rows in row_strips(size):
-        confidence = look_up(merged.query_confidence, top[rows])
-        for total, weight in zip(sums, (torch.ones_like(confidence), confidence, probability[rows]), strict=True):
-            total += torch.bincount(key[rows].flatten(), weight.flatten().double(), minlength=none + 1)[:none]
-    area, confidence, mask_probability = sums
-    score = (confidence * mask_probability / area.clamp_min(1) ** 2).float()
-    score, kept = score.topk(min(max_instances, none))
-    kept, score = kept[score > 0], score[score > 0]
-    return _instances(key == kept[:, None, None].int(), score, kept // num_queries)
-
-
-def query_instances(
-    merged: Segmentation,
-    is_thing: torch.Tensor,
-    pixel_threshold: float,
-    max_instances: int,
-    real: tuple[int, int],
-    size: tuple[int, int],
-) -> Instances:
-    """The usual instances: the best thing queries with their whole masks, scored by class confidence × mask score."""
-    score = merged.query_score.where(is_thing.to(merged.query_score.device)[merged.query_class], 0)
-    score, query = score.topk(min(max_instances, len(score)))
-    top = merged.top_two
-    # A pixel below the threshold belongs to no mask.
-    best = resize_nearest(top.query.where(top.probability > pixel_threshold, -1), real, size)
-    areas = torch.zeros(len(merged.query_score) + 1, dtype=torch.int64, device=best.device)  # void is first
-    for rows in row_strips(size):
-        areas += count_values(best[:, rows].long() + 1, len(areas))
-    kept = (score > 0) & (areas[query + 1] > 0)
-    score, query = score[kept], query[kept]
-    wanted = query.short()[:, None, None]
-    masks = by_rows(lambda strip: (strip[0] == wanted) | (strip[1] == wanted), best)
-    return _instances(masks, score, merged.query_class[query])
 
 
 def _instances(masks: torch.Tensor, scores: torch.Tensor, classes: torch.Tensor) -> Instances:

@@ -42,26 +42,17 @@ class Prediction(NamedTuple):
 class Predictor(nn.Module):
     """Mask logits are dot products of pixel features and mask embeddings, normalized as one channel.
 
-    The class and mask embeddings have `embed_channels`, the maps inside the pixel head `hidden_channels`.
+    The class and mask embeddings, and the maps inside the pixel head, have `channels`.
     """
 
-    def __init__(
-        self,
-        pixel_channels: int,
-        embed_channels: int,
-        num_classes: int,
-        *,
-        norm: str,
-        hidden_channels: int = 256,
-        feature_channels: int = 128,
-    ):
+    def __init__(self, pixel_channels: int, channels: int, num_classes: int, *, norm: str, feature_channels: int = 128):
         super().__init__()
-        self.pixel_head = DepthwiseSeparable(pixel_channels, hidden_channels, norm=norm)
-        self.pixel_projection = nn.Conv2d(hidden_channels, feature_channels, 1)
+        self.pixel_head = DepthwiseSeparable(pixel_channels, channels, norm=norm)
+        self.pixel_projection = nn.Conv2d(channels, feature_channels, 1)
         self.pixel_norm = batch_norm(norm, feature_channels)
-        self.mask_embedding = LinearBN(embed_channels, feature_channels, norm=norm)
+        self.mask_embedding = LinearBN(channels, feature_channels, norm=norm)
         self.mask_norm = batch_norm(norm, 1, init_gain=0.1)
-        self.class_head = nn.Linear(embed_channels, num_classes + 1)
+        self.class_head = nn.Linear(channels, num_classes + 1)
         for layer in (self.pixel_projection, self.class_head):
             trunc_normal_tf_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)

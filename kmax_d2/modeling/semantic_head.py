@@ -11,6 +11,7 @@ from detectron2.utils.registry import Registry
 from timm.layers import trunc_normal_tf_
 from torch import nn
 
+from .build import keyword_arguments
 from .layers import ConvBN, DepthwiseSeparable, flatten_pixels, resize
 
 SEMANTIC_HEAD_REGISTRY = Registry("SEMANTIC_HEAD")
@@ -102,15 +103,9 @@ class ASPPSemanticHead(nn.Module):
     @classmethod
     def from_config(cls, cfg, input_shape: dict[str, ShapeSpec], act_layer: type[nn.Module]) -> dict:
         """Reads the constructor's arguments from a config."""
-        options = cfg.MODEL.KMAX.SEMANTIC_HEAD
-        return {
-            "input_shape": input_shape,
-            "num_classes": cfg.MODEL.KMAX.NUM_CLASSES,
-            "norm": cfg.MODEL.KMAX.NORM,
-            "act_layer": act_layer,
-            "channels": options.CHANNELS,
-            "low_level_channels": tuple(options.LOW_LEVEL_CHANNELS),
-        }
+        kmax = cfg.MODEL.KMAX
+        options = keyword_arguments(kmax.SEMANTIC_HEAD) | {"num_classes": kmax.NUM_CLASSES, "norm": kmax.NORM}
+        return options | {"input_shape": input_shape, "act_layer": act_layer}
 
     def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
         """The encoder's maps by name to logits (B, K + 1, H / 4, W / 4)."""
@@ -134,12 +129,9 @@ class PointwiseSemanticHead(nn.Module):
     @classmethod
     def from_config(cls, cfg, input_shape: dict[str, ShapeSpec], act_layer: type[nn.Module]) -> dict:
         """Reads the constructor's arguments from a config."""
-        return {
-            "input_shape": input_shape,
-            "num_classes": cfg.MODEL.KMAX.NUM_CLASSES,
-            "norm": cfg.MODEL.KMAX.NORM,
-            "channels": cfg.MODEL.KMAX.SEMANTIC_HEAD.CHANNELS,
-        }
+        kmax = cfg.MODEL.KMAX
+        options = {"num_classes": kmax.NUM_CLASSES, "norm": kmax.NORM, "channels": kmax.SEMANTIC_HEAD.CHANNELS}
+        return options | {"input_shape": input_shape}
 
     def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
         """The encoder's maps by name to logits (B, K, H / 32, W / 32)."""

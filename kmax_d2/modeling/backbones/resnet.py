@@ -1,12 +1,13 @@
-"""ResNet as kMaX-DeepLab trains it: no max pool, a strided first block in every stage, raw outputs.
+"""ResNet, and MaX-S: a ResNet-50 with axial attention where the maps are coarse (MaX-DeepLab, CVPR 2021).
 
-Its standard form, that of torchvision, timm and Detectron2, is an option: the same weights fit both. Its stages are
-also those of MaX-S.
+ResNet is as kMaX-DeepLab trains it: no max pool, a strided first block in every stage, raw outputs. Its standard form,
+that of torchvision, timm and Detectron2, is an option: the same weights fit both.
 """
 
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +24,7 @@ from ..layers import ConvBN
 from ..residual import EXPANSION, Bottleneck
 
 STAGES = ("stage2", "stage3", "stage4", "stage5")
+AXIAL_STRIDE = 16  # blocks whose input has this stride or a coarser one attend along the axes
 
 
 class ResidualBackbone(Backbone):
@@ -121,3 +123,44 @@ class KMaXResNet(ResidualBackbone):
             # The next block activates its input again, which changes nothing.
             x = maps[name] = getattr(self, name)(x).relu()
         return maps
+
+
+@BACKBONE_REGISTRY.register()
+class KMaXMaXS(ResidualBackbone):
+    """MaX-S: bottlenecks at first, axial blocks from stride 16 on.
+
+    Args:
+        blocks, widths, drop_path: of stages 2 to 5 the blocks, the base width (outputs have four times as many
+            channels), and the probability of dropping a residual branch. A first block has that of the stage before.
+        stem_widths: channels of the stem's three 3×3 convolutions.
+    """
+
+    act_layer = nn.GELU
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        blocks: Sequence[int] = (3, 4, 6, 3),
+        widths: Sequence[int] = (64, 128, 256, 512),
+        stem_widths: Sequence[int] = (64, 64, 128),
+        drop_path: Sequence[float] = (0.0, 0.0, 0.15, 0.2),
+        norm: str = "SyncBN",
+    ):
+        super().__init__()
+        if len(stem_widths) != 3:
+            raise UserError(f"MODEL.KMAX.MAXS.STEM_WIDTHS needs three values, one a convolution, not {stem_widths}")
+        first, second, third = stem_widths
+        self.stem = nn.Sequential(
+            OrderedDict(
+                conv1=ConvBN(3, first, 3, norm=norm, stride=2, act_layer=self.act_layer),
+                conv2=ConvBN(first, second, 3, norm=norm, act_layer=self.act_layer),
+                conv3=ConvBN(second, third, 3, norm=norm),
+            )
+        )
+        self.add_stages(third, 2, blocks, widths, norm=norm, axial_stride=AXIAL_STRIDE, drop_path=drop_path)
+
+    @classmethod
+    def from_config(cls, cfg, input_shape: ShapeSpec) -> dict:
+        """Reads the constructor's arguments from a config."""
+        return keyword_arguments(cfg.MODEL.KMAX.MAXS) | {"norm": cfg.MODEL.KMAX.NORM}
