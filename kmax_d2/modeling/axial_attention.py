@@ -102,7 +102,7 @@ class AxialBlock(ResidualBlock):
     def layers(
         in_channels: int, width: int, norm: str, stride: int, act_layer: type[nn.Module]
     ) -> dict[str, nn.Module]:
-        """Two convolutions and, for between them, two attentions."""
+        """Two convolutions and the attentions between them."""
         return {
             "conv1": ConvBN(in_channels, 2 * width, norm=norm, act_layer=act_layer),
             "height_attention": AxialAttention1D(2 * width, width, "height", norm=norm, stride=stride),

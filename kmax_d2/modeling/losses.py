@@ -112,11 +112,6 @@ def sample_pixels(targets: Targets, num_samples: int, temperature: float) -> tor
     return score.topk(min(num_samples, pixels), dim=1).indices
 
 
-def _log_partition(features: torch.Tensor) -> torch.Tensor:
-    """log Σ_j exp(f_i · f_j / T) of features (k, C), for each i: (k,)."""
-    return (features / TEMPERATURE @ features.T).logsumexp(1)
-
-
 def sample_features(feature_map: torch.Tensor, pixels: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Features at some pixels of a map (B, C, h, w), as if it were resized to `size` (bilinear, aligned corners).
 
@@ -144,9 +139,13 @@ def instance_discrimination_loss(features: torch.Tensor, pixels: torch.Tensor, t
     segment_ids = targets.segment_ids.gather(1, pixels)
     counts = _sums_by_segment(torch.ones_like(features[..., :1]), segment_ids, targets)
     centroids = _sums_by_segment(features, segment_ids, targets) / counts
+
+    def log_partition(features: torch.Tensor) -> torch.Tensor:
+        return (features / TEMPERATURE @ features.T).logsumexp(1)
+
     # One image at a time, so that a single (k, k) matrix is alive, and none is kept for the backward pass.
-    log_partition = torch.stack([checkpoint(_log_partition, image, use_reentrant=False) for image in features])
-    losses = log_partition - (features * centroids).sum(2) / TEMPERATURE
+    partitions = torch.stack([checkpoint(log_partition, image, use_reentrant=False) for image in features])
+    losses = partitions - (features * centroids).sum(2) / TEMPERATURE
     return _mean_of_nonzero(losses * (segment_ids != VOID))
 
 

@@ -56,9 +56,9 @@ class Matching(NamedTuple):
 
 @torch.no_grad()
 def match(class_logits: torch.Tensor, mask_logits: torch.Tensor, targets: Targets) -> Matching:
-    """Matches each mask to one query; if there are more masks than queries, some stay unmatched.
+    """Matches each mask to one query by class logits (B, N, K + 1), void last, and mask logits (B, N, P).
 
-    Class logits are (B, N, K + 1), void last, and mask logits (B, N, P).
+    If there are more masks than queries, some stay unmatched.
     """
     probability = mask_logits.softmax(dim=1)
     total = probability.sum(2)

@@ -29,11 +29,10 @@ class TopTwo(NamedTuple):
     probability: torch.Tensor
 
 
-def row_strips(size: Sequence[int]) -> Iterator[slice]:
-    """The rows of maps (..., H, W), in strips of about PIXELS_AT_ONCE, so that what is made of one stays small."""
-    height, width = size[-2:]
-    rows = max(1, PIXELS_AT_ONCE // width)
-    return (slice(start, start + rows) for start in range(0, height, rows))
+def row_strips(size: Sequence[int], pixels: int = PIXELS_AT_ONCE) -> Iterator[slice]:
+    """The rows of maps (..., H, W), in strips of about so many pixels, so that what is made of one stays small."""
+    rows = max(1, pixels // size[-1])
+    return (slice(start, start + rows) for start in range(0, size[-2], rows))
 
 
 def by_rows(function: Callable[..., torch.Tensor], *maps: torch.Tensor) -> torch.Tensor:
@@ -57,8 +56,10 @@ def _interpolation(
     return before, (before + 1).clamp_max(last), place - before
 
 
-def upsampled(mask_logits: torch.Tensor, size: tuple[int, int], extent: tuple[float, float]) -> Iterator[torch.Tensor]:
-    """The logits (N, h, w) upsampled bilinearly (aligned corners) to `size`, as strips (rows, W, N) from the top down.
+def upsampled(
+    mask_logits: torch.Tensor, size: tuple[int, int], extent: tuple[float, float]
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The logits (N, h, w) upsampled bilinearly (aligned corners) to `size`: rows and their strip (rows, W, N).
 
     The caller may modify a strip.
     """
@@ -74,16 +75,14 @@ def upsampled(mask_logits: torch.Tensor, size: tuple[int, int], extent: tuple[fl
     else:
         left, right, across = _interpolation(width, size[1], extent[1], device)
     at_once = LOGITS_ON_GPU if logits.is_cuda else LOGITS_PER_THREAD * torch.get_num_threads()
-    rows = max(1, at_once // (size[1] * queries))
-    for start in range(0, size[0], rows):
-        part = slice(start, start + rows)
+    for part in row_strips(size, at_once // queries):
         strip = torch.lerp(
             logits.index_select(0, above[part]), logits.index_select(0, below[part]), down[part, None, None]
         )
         if regular:
-            yield torch.lerp(strip[:, :-1, None], strip[:, 1:, None], steps).flatten(1, 2)[:, : size[1]]
+            yield part, torch.lerp(strip[:, :-1, None], strip[:, 1:, None], steps).flatten(1, 2)[:, : size[1]]
         else:
-            yield torch.lerp(strip.index_select(1, left), strip.index_select(1, right), across[:, None])
+            yield part, torch.lerp(strip.index_select(1, left), strip.index_select(1, right), across[:, None])
 
 
 def top_two_queries(
@@ -93,32 +92,29 @@ def top_two_queries(
 
     `extent` is the fraction of the map's height and width that the pixels span; below 1 it excludes padding.
     """
-    num_queries, pixels, device = len(mask_logits), size[0] * size[1], mask_logits.device
+    num_queries, device = len(mask_logits), mask_logits.device
     # The first of several zeros is wanted, so it has the largest weight.
     weight = torch.arange(num_queries, 0, -1, dtype=torch.float32, device=device)
 
     def weight_of_zero(distance: torch.Tensor) -> torch.Tensor:
-        """(P,) weight of the first zero in each row of (P, N), none above zero; far faster than argmax on a CPU."""
+        """Weight of the first zero in (..., N), none above zero: (...). Far faster than argmax on a CPU."""
         # Any distance of float32 numbers, but of those next to zero, is then larger than all weights.
-        return torch.add(weight, distance, alpha=1e38).amax(1)
+        return torch.add(weight, distance, alpha=1e38).amax(-1)
 
     def index(weight: torch.Tensor) -> torch.Tensor:
         # NaN must not become an index out of range.
         return (num_queries - weight).long().clamp_(0, num_queries - 1)
 
-    query = torch.empty(2, pixels, dtype=torch.int16, device=device)
-    probability = torch.empty(2, pixels, device=device)
-    start = 0
-    for strip in upsampled(mask_logits, size, extent):
-        strip = strip.flatten(0, 1)
-        part = slice(start, start := start + len(strip))
-        strip -= strip.amax(1, keepdim=True)
-        first = query[0, part] = index(weight_of_zero(strip))
-        partition = strip.exp_().sum(1)
-        runner_up = strip.scatter_(1, first[:, None], -1.0).amax(1)
-        probability[:, part] = torch.stack([partition.reciprocal(), runner_up / partition])
-        query[1, part] = index(weight_of_zero(strip.sub_(runner_up[:, None])))
-    return TopTwo(query.view(2, *size), probability.view(2, *size))
+    query = torch.empty(2, *size, dtype=torch.int16, device=device)
+    probability = torch.empty(2, *size, device=device)
+    for rows, strip in upsampled(mask_logits, size, extent):
+        strip -= strip.amax(-1, keepdim=True)
+        first = query[0, rows] = index(weight_of_zero(strip))
+        partition = strip.exp_().sum(-1)
+        runner_up = strip.scatter_(-1, first[..., None], -1.0).amax(-1)
+        probability[:, rows] = torch.stack([partition.reciprocal(), runner_up / partition])
+        query[1, rows] = index(weight_of_zero(strip.sub_(runner_up[..., None])))
+    return TopTwo(query, probability)
 
 
 def find_top_two(mask_logits: torch.Tensor, size: tuple[int, int], extent: tuple[float, float] = (1.0, 1.0)) -> TopTwo:
@@ -137,8 +133,6 @@ def marginal_classes(
     classes = class_logits.float().softmax(1)[:, :-1]
     # Dividing by the sum over queries would not change which class is the largest.
     best = torch.empty(size, dtype=torch.int64, device=mask_logits.device)
-    start = 0
-    for strip in upsampled(mask_logits, size, extent):
-        part = slice(start, start := start + len(strip))
-        best[part] = (strip.sub_(strip.amax(-1, keepdim=True)).exp_() @ classes).argmax(-1)
+    for rows, strip in upsampled(mask_logits, size, extent):
+        best[rows] = (strip.sub_(strip.amax(-1, keepdim=True)).exp_() @ classes).argmax(-1)
     return best
