@@ -13,8 +13,8 @@ def keep_freed_memory() -> bool:
     """Tells glibc to keep freed memory for the next tensors instead of returning it to the system; returns whether.
 
     Every page from the system comes zeroed, one page fault at a time, which is a fifth of a training step on a CPU.
-    Call it once, before the first tensor. The process then holds its peak memory until it ends.
-    The environment variable KMAX_D2_KEEP_MEMORY=0 turns this off. Other systems and C libraries are left as they are.
+    Call it once, before the first tensor. The process then holds its peak memory until it ends. The environment
+    variable KMAX_D2_KEEP_MEMORY=0 turns this off. Other systems and C libraries are left as they are.
     """
     if os.environ.get("KMAX_D2_KEEP_MEMORY") == "0" or platform.libc_ver()[0] != "glibc":
         return False

@@ -13,10 +13,7 @@ from .precision import require_precision
 
 
 def training_model(model: nn.Module, cfg: CfgNode) -> nn.Module:
-    """Applies MODEL.KMAX.CHECKPOINT_BLOCKS and MODEL.KMAX.COMPILE to a model, in place.
-
-    Raises UserError for options that do not exist.
-    """
+    """Applies MODEL.KMAX.CHECKPOINT_BLOCKS and COMPILE to a model, in place. Raises UserError for an unknown mode."""
     if cfg.MODEL.KMAX.CHECKPOINT_BLOCKS:
         checkpoint_blocks(model)
     return compile_model(model, cfg.MODEL.KMAX.COMPILE)

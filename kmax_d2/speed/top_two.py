@@ -10,6 +10,8 @@ import torch
 
 from ..modeling.top_two import FASTER, top_two_queries
 
+logger = logging.getLogger(__name__)
+
 
 @functools.cache
 def _fastest(device: torch.device) -> Callable:
@@ -20,8 +22,7 @@ def _fastest(device: torch.device) -> Callable:
         top_two_in_one_kernel(torch.zeros(2, 1, 1, device=device), (1, 1))
     except Exception as error:  # of many kinds, from a missing compiler to an old GPU
         reason = str(error).strip().partition("\n")[0]
-        message = "merging runs without its Triton kernel, and slower, because it fails here: %s"
-        logging.getLogger(__name__).warning(message, reason)
+        logger.warning("merging runs without its Triton kernel, and slower, because it fails here: %s", reason)
         return top_two_queries
     return top_two_in_one_kernel
 
