@@ -77,8 +77,8 @@ class Criterion(nn.Module):
             final: the final prediction, at the size (h, w) that the targets are read at.
             auxiliary: those of the decoders, of any size.
             targets: ground truth with P = h · w.
-            semantic_logits: (B, K or K + 1, h', w') of the auxiliary semantic head, of any size; for the hardest pixels
-                each position is one of the targets'. None where there is no such head.
+            semantic_logits: (B, K or K + 1, h', w') of the auxiliary semantic head, if there is one, of any size; for
+                the hardest pixels each position is one of the targets'.
 
         Returns:
             "loss_<term>" of the final prediction, "loss_<term>_<i>" of the i-th auxiliary one, and "loss_semantic".

@@ -27,15 +27,9 @@ def kmeans_assign(mask_logits: torch.Tensor) -> torch.Tensor:
 
 
 def kmeans_update(assignment: torch.Tensor, values: torch.Tensor, num_clusters: int) -> torch.Tensor:
-    """Sums the pixel values of each cluster, which equals the product of the one-hot assignment with the values.
+    """Sums the values (B, C, H, W) of the pixels assigned (B, H, W) to each cluster: (B, N, C), zero for none.
 
-    Args:
-        assignment: (B, H, W) cluster of each pixel.
-        values: (B, C, H, W) value of each pixel.
-        num_clusters: N.
-
-    Returns:
-        (B, N, C) sums; zero for a cluster without pixels.
+    This equals the product of the one-hot assignment with the values.
     """
     batch, channels = values.shape[:2]
     rows = flatten_pixels(values).flatten(0, 1)

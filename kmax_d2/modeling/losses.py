@@ -132,9 +132,7 @@ def instance_discrimination_loss(features: torch.Tensor, pixels: torch.Tensor, t
     The cross-entropy of row i against equal targets on the pixels of i's mask is log Σ_j exp(f_i·f_j/T) - f_i·c/T,
     c being the mean feature of that mask. A void pixel has no row, but is a column.
 
-    Args:
-        features, pixels: (B, k, C) and (B, k), of the sampled pixels.
-        targets: ground truth.
+    The k sampled pixels (B, k) have the features (B, k, C).
     """
     segment_ids = targets.segment_ids.gather(1, pixels)
     counts = _sums_by_segment(torch.ones_like(features[..., :1]), segment_ids, targets)

@@ -20,9 +20,6 @@ class Results(dict):
 
     "semantic" is the class map (H, W) int64. Detectron2's one-hot "sem_seg" (K, H, W) uint8, many times as large, is
     computed from it when it is read.
-
-    Args:
-        num_classes: K.
     """
 
     def __init__(self, num_classes: int):
