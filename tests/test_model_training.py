@@ -4,17 +4,7 @@ import itertools
 
 import pytest
 import torch
-from scenes import (
-    DETERMINISTIC,
-    NUM_CLASSES,
-    QUERIES,
-    SIZES,
-    THINGS,
-    build_model,
-    picture,
-    sample,
-    without_dropout,
-)
+from scenes import DETERMINISTIC, NUM_CLASSES, QUERIES, SIZES, THINGS, build_model, picture, sample, without_dropout
 from small import CITYSCAPES
 from torch import nn
 
