@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from scenes import sample
 from small import build, plain_norm, randomize_norms
 from torch import nn
 
@@ -152,9 +153,7 @@ def test_model_trains_and_predicts(name):
     model = build(MODEL__KMAX__TRANSFORMER_DECODER__DROP_PATH=0.0, **choice)
     steps = [layer.cross_attention for layer in model.transformer_decoder.layers]
     assert {type(step).__name__ for step in steps} == {name}
-    image = F.interpolate(torch.rand(1, 3, 9, 9) * 255, (65, 65), mode="bilinear")[0]
-    ids = (torch.arange(65) // 22)[:, None] * 3 + torch.arange(65) // 33
-    inputs = [{"image": image, "segment_ids": ids.where(ids % 3 != 2, -1), "segment_classes": torch.arange(9)}] * 2
+    inputs = [sample(65, 65, cell=20)] * 2
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(2):  # the first step moves the last gain from zero, so the rest learns in the second
         losses = model(inputs)
@@ -167,7 +166,7 @@ def test_model_trains_and_predicts(name):
             assert torch.isfinite(kernel.grad).all()
             assert kernel.grad.any()
     model.eval()
-    first, second = (model.predict(image[None]) for _ in range(2))
+    first, second = (model.predict(inputs[0]["image"][None]) for _ in range(2))
     for key, value in first.items():
         assert torch.isfinite(value).all()
         torch.testing.assert_close(value, second[key], rtol=1e-4, atol=1e-4)  # nothing is drawn at test
@@ -180,19 +179,9 @@ def test_decoders_by_map(decoders):
     """The paper has a model with three decoders in total."""
     model = build(MODEL__KMAX__TRANSFORMER_DECODER__DECODERS=decoders)
     with torch.no_grad():
-        maps = [
-            prediction["mask_logits"].shape[-1]
-            for prediction in model.predict(torch.rand(1, 3, 65, 65), True)["auxiliary"]
-        ]
+        auxiliary = model.predict(torch.rand(1, 3, 65, 65), True)["auxiliary"]
+    maps = [prediction["mask_logits"].shape[-1] for prediction in auxiliary]
     assert maps == [side for side, count in zip((3, 5, 9), decoders, strict=False) for _ in range(count)]
-    losses = model.train()(
-        [
-            {
-                "image": torch.rand(3, 65, 65) * 255,
-                "segment_ids": torch.eye(65).long(),
-                "segment_classes": torch.arange(2),
-            }
-        ]
-    )
+    losses = model.train()([sample(65, 65)])
     assert len(losses) == 4 * 4 + 1
     assert all(torch.isfinite(value) for value in losses.values())

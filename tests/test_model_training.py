@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from scenes import DETERMINISTIC, NUM_CLASSES, QUERIES, SIZES, THINGS, build_model, picture, sample, without_dropout
+from scenes import DETERMINISTIC, NUM_CLASSES, SIZES, THINGS, build_model, sample, without_dropout
 from small import CITYSCAPES
 from torch import nn
 
@@ -40,30 +40,6 @@ def test_training_on_any_size(model, sizes):
     assert all(torch.isfinite(value) and value > 0 for value in losses.values())
     sum(losses.values()).backward()
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
-
-
-def test_batch_without_a_mask(model):
-    empty = {
-        "image": picture(65, 65),
-        "segment_ids": torch.full((65, 65), -1),
-        "segment_classes": torch.zeros(0, dtype=torch.int64),
-    }
-    losses = model([empty])
-    for name, value in losses.items():
-        assert torch.isfinite(value)
-        assert value == 0 or name.startswith("loss_pq_class")
-    sum(losses.values()).backward()
-    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
-    # Beside an image with masks, every term is there.
-    losses = model([empty, sample(65, 65)])
-    assert all(torch.isfinite(value) and value > 0 for value in losses.values())
-
-
-def test_more_masks_than_queries(model):
-    crowded = sample(65, 65, cell=8)
-    assert len(crowded["segment_ids"].unique()) - 1 > 2 * QUERIES
-    losses = model([crowded, sample(65, 65)])
-    assert all(torch.isfinite(value) and value > 0 for value in losses.values())
 
 
 def test_hardest_pixels_of_the_whole_model():

@@ -49,15 +49,3 @@ def test_equals_torchvision(size):
     for name, value in expected.items():
         assert maps[name].shape == value.shape
         assert (maps[name] - value).abs().max() < 1e-5 * value.abs().max(), name
-
-
-@pytest.mark.parametrize("standard", [False, True])
-def test_output_shape(standard):
-    model = KMaXResNet(blocks=(1, 1, 1, 1), widths=(4, 4, 8, 8), stem_width=4, standard=standard, norm="BN")
-    maps = model(torch.randn(1, 3, 65, 97))
-    shapes = model.output_shape()
-    assert list(shapes) == list(maps) == ["stage1", "stage2", "stage3", "stage4", "stage5"]
-    assert shapes["stage1"].stride == (4 if standard else 2)
-    for name, shape in shapes.items():
-        assert maps[name].shape == (1, shape.channels, 64 // shape.stride + 1, 96 // shape.stride + 1), name
-        assert (maps[name].min() < 0) is not standard, name
