@@ -10,7 +10,9 @@ import pytest
 import torch
 from test_merging import placed, plain_probability
 
-from kmax_d2.modeling.top_two import top_two_queries
+from kmax_d2.modeling.merging import MaskWiseMerging
+from kmax_d2.modeling.top_two import FASTER, top_two_queries
+from kmax_d2.speed import top_two_on_gpu
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="PyTorch comes without Triton on this platform")
@@ -52,6 +54,20 @@ def test_what_is_not_a_number_names_no_query_that_is_not_there():
 
 
 # --- the GPU kernel ---
+
+
+def test_the_function_for_a_device_is_used(monkeypatch):
+    assert FASTER["cuda"] is top_two_on_gpu
+    mask_logits, places = torch.randn(3, 5, 7), []
+    monkeypatch.setitem(FASTER, "cpu", lambda logits, *place: places.append(place) or top_two_queries(logits, *place))
+    MaskWiseMerging([True] * 4)(torch.randn(3, 5), mask_logits, (9, 13), (0.5, 1.0))
+    assert places == [((9, 13), (0.5, 1.0))]
+
+
+def test_where_the_kernel_fails_the_strips_take_its_place(caplog):
+    mask_logits = torch.randn(3, 5, 7)  # on a CPU
+    assert torch.equal(top_two_on_gpu(mask_logits, (9, 13))[0], top_two_queries(mask_logits, (9, 13)).query)
+    assert "without its Triton kernel" in caplog.text
 
 
 INTERPRETED = """
