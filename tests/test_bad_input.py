@@ -124,11 +124,11 @@ def test_annotations_that_are_no_panoptic_json(data, change, message):
 
 
 def test_annotations_without_their_files(tmp_path, data):
-    Path(data[0], "0001.jpg").unlink()
-    with pytest.raises(UserError, match=r"1 of 2 images of .* are missing, first .*0001\.jpg"):
-        load(data)
     shutil.rmtree(data[1])
     with pytest.raises(UserError, match=r"2 of 2 panoptic PNGs of .* are missing, first .*0000\.png"):
+        load(data)
+    Path(data[0], "0001.jpg").unlink()
+    with pytest.raises(UserError, match=r"1 of 2 images of .* are missing, first .*0001\.jpg"):
         load(data)
     data[2] = str(tmp_path / "none.json")
     with pytest.raises(UserError, match=r"cannot read the panoptic annotations .*none\.json"):

@@ -177,10 +177,3 @@ def test_outputs_meet_neither_each_other_nor_an_input(demo, tmp_path):
     files = [tmp_path / "a_assignments.jpg", tmp_path / "a.jpg"]
     stems = demo.name_outputs(files, tmp_path / "out", [".png", "_assignments.png"])
     assert list(stems.values()) == ["a_assignments", "a-2"]
-
-
-def test_a_failed_write_leaves_nothing(demo, tmp_path):
-    (tmp_path / "out.png").mkdir()
-    with pytest.raises(UserError, match=r"cannot write .*out\.png"):
-        demo.write_png(np.zeros((2, 2, 3), np.uint8), tmp_path / "out.png")
-    assert [file.name for file in tmp_path.iterdir()] == ["out.png"]
