@@ -55,12 +55,7 @@ def add_kmax_config(cfg: CfgNode) -> None:
 
     kmax.RESNET = CfgNode()  # read by "KMaXResNet"
     kmax.RESNET.BLOCKS = [3, 4, 6, 3]  # blocks in stages 2 to 5
-    kmax.RESNET.WIDTHS = [
-        64,
-        128,
-        256,
-        512,
-    ]  # base widths of stages 2 to 5; outputs have 4 times as many channels
+    kmax.RESNET.WIDTHS = [64, 128, 256, 512]  # base widths of stages 2 to 5; outputs have 4 times as many channels
     kmax.RESNET.STEM_WIDTH = 64  # channels of the stem
     # The form of torchvision, timm, and Detectron2, with a max pool and activated outputs, instead of kMaX-DeepLab's.
     kmax.RESNET.STANDARD = False

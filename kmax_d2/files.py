@@ -1,14 +1,21 @@
-"""Writes files that are complete or absent, never cut short, and locks the folder of a run."""
+"""Writes files that are complete or absent and never over those of the user, and locks the folder of a run."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
 from .errors import UserError
+
+MARK = "made by kmax_d2"  # in the first bytes of the results, which tells them from files of the user
+MARK_BYTES = 4096  # of a file, in which the mark is looked for
 
 
 @contextlib.contextmanager
@@ -72,3 +79,27 @@ def lock_folder(folder: Path) -> None:
             raise UserError(f"another run writes to {folder}: wait for it, or set another OUTPUT_DIR") from None
     for unfinished in folder.glob(".*.part*"):
         unfinished.unlink()
+
+
+def write_png(file: Path, image: np.ndarray, **texts: str) -> None:
+    """Writes an image (H, W) or (H, W, 3), uint8, as a PNG with the mark and further texts by :func:`whole_file`."""
+    info = PngInfo()
+    for name, text in ({"Comment": MARK} | texts).items():
+        info.add_text(name, text)
+    with whole_file(file) as unfinished:
+        Image.fromarray(image).save(unfinished, "PNG", pnginfo=info)
+
+
+def require_own(files: Iterable[Path], overwrite: bool = False) -> None:
+    """Raises UserError for the first file that exists and is not marked as ours; `overwrite` allows all."""
+    for file in () if overwrite else files:
+        if file.exists() and MARK.encode() not in _head(file):
+            raise UserError(f"{file} exists and was not made by kmax_d2: choose another name, or add --overwrite")
+
+
+def _head(file: Path) -> bytes:
+    try:
+        with open(file, "rb") as stream:
+            return stream.read(MARK_BYTES)
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from error
