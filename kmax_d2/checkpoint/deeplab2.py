@@ -82,8 +82,7 @@ def deeplab2_to_state_dict(
     The checkpoint of a pre-trained encoder uses the same names.
 
     Args:
-        variables: arrays by official name, such as "encoder/_stem/_conv/kernel", in TensorFlow's layout. The tensors
-            are views of them, with any strides; only class heads are copied.
+        variables: arrays by official name in TensorFlow's layout. The tensors are views; only class heads are copied.
         is_thing: whether each of the K classes, in contiguous order, is a thing. The official class heads list things
             before stuff. None, or a length other than a head's number of classes, leaves the order as it is.
     """
