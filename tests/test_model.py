@@ -138,6 +138,19 @@ def test_results_have_the_original_size(any_model, original):
     assert found >= 2 * len(SIZES)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (33, 1)])
+@torch.no_grad()
+def test_images_of_a_pixel_or_a_line(any_model, size):
+    torch.full((10**5,), torch.nan)  # in memory that is free again
+    whole, half = any_model([{"image": picture(*size)}, {"image": picture(*size), "height": 1, "width": 1}])
+    assert whole["semantic"].shape == whole["panoptic_seg"][0].shape == size
+    assert half["semantic"].shape == half["panoptic_seg"][0].shape == (1, 1)
+    assert whole["semantic"].min() >= 0 and whole["semantic"].max() < NUM_CLASSES
+    if size == (1, 1):
+        assert torch.equal(whole["panoptic_seg"][0], half["panoptic_seg"][0])
+        assert torch.equal(whole["semantic"], half["semantic"])
+
+
 @torch.no_grad()
 def test_an_image_does_not_depend_on_its_neighbors(any_model):
     sizes = [(65, 65), (50, 40), (64, 90), (65, 65)]

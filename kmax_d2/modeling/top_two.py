@@ -29,9 +29,9 @@ class TopTwo(NamedTuple):
     probability: torch.Tensor
 
 
-def row_strips(size: Sequence[int], pixels: int = PIXELS_AT_ONCE) -> Iterator[slice]:
-    """The rows of maps (..., H, W), in strips of about so many pixels, so that what is made of one stays small."""
-    rows = max(1, pixels // size[-1])
+def row_strips(size: Sequence[int], pixels: int = 0) -> Iterator[slice]:
+    """The rows of maps (..., H, W), in strips of about so many pixels, else PIXELS_AT_ONCE."""
+    rows = max(1, (pixels or PIXELS_AT_ONCE) // size[-1])
     return (slice(start, start + rows) for start in range(0, size[-2], rows))
 
 
@@ -75,7 +75,7 @@ def upsampled(
     else:
         left, right, across = _interpolation(width, size[1], extent[1], device)
     at_once = LOGITS_ON_GPU if logits.is_cuda else LOGITS_PER_THREAD * torch.get_num_threads()
-    for part in row_strips(size, at_once // queries):
+    for part in row_strips(size, max(1, at_once // queries)):
         strip = torch.lerp(
             logits.index_select(0, above[part]), logits.index_select(0, below[part]), down[part, None, None]
         )
