@@ -175,7 +175,7 @@ def test_strips_give_what_the_whole_gives(case, monkeypatch):
     def compute():
         merged = merging()(class_logits, mask_logits, *place)
         found = [instances(kind, merged, real, size) for kind in ("panoptic", "query")]
-        maps = [merged.segment_ids, merged.pasted_query, *merged.top_two, query_classes(merged)]
+        maps = [*merged[:1], *merged[2:], query_classes(merged)]
         maps += [marginal_classes(class_logits, mask_logits, *place)]
         maps += [x for one in found for x in (one.pred_masks, one.pred_boxes.tensor, one.pred_classes, one.scores)]
         return [*maps, torch.tensor([segment["area"] for segment in merged.segments])]
