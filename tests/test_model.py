@@ -71,28 +71,6 @@ def test_one_hot_classes_are_computed_when_read(decisive):
         result["proposals"]
 
 
-@pytest.mark.parametrize("size", [(65, 65), (50, 71)])
-@torch.no_grad()
-def test_boxes_bound_their_masks_tightly(decisive, size):
-    (result,) = decisive([{"image": picture(*size), "height": 90, "width": 60}])
-    instances = result["instances"]
-    assert len(instances) >= 2
-    for mask, box in zip(instances.pred_masks, instances.pred_boxes.tensor.tolist(), strict=True):
-        rows, columns = mask.nonzero().unbind(1)
-        assert box == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-
-
-@torch.no_grad()
-def test_most_confident_instances_are_kept(decisive):
-    few = build_decisive(MODEL__KMAX__TEST__MAX_INSTANCES=2)
-    few.load_state_dict(decisive.state_dict())
-    image = picture(65, 65)
-    instances, best = (model([{"image": image}])[0]["instances"] for model in (decisive, few))
-    assert len(instances) > 2
-    assert torch.equal(best.scores, instances.scores[:2])
-    assert torch.equal(best.pred_masks, instances.pred_masks[:2])
-
-
 @pytest.mark.parametrize(
     ("wanted", "key"), [("PANOPTIC", "panoptic_seg"), ("SEMANTIC", "semantic"), ("INSTANCE", "instances")]
 )
