@@ -28,11 +28,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import Metadata
-from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -41,7 +39,7 @@ from kmax_d2.data.mapper import PanopticTestMapper, read_image
 from kmax_d2.engine import load_predictor, ready_config
 from kmax_d2.engine.setup import PANOPTIC_ONLY, dataset_metadata
 from kmax_d2.errors import UserError
-from kmax_d2.files import make_folder, whole_file
+from kmax_d2.files import make_folder, write_png
 from kmax_d2.images import find_images
 from kmax_d2.speed import use_precision
 from kmax_d2.visualization import draw_panoptic, result_page
@@ -88,12 +86,6 @@ def name_outputs(files: Sequence[Path], folder: Path, endings: Sequence[str]) ->
     return stems
 
 
-def write_png(image: np.ndarray, file: Path) -> None:
-    """Writes an image (H, W, 3) uint8, RGB, completely or not at all. Raises UserError if that is impossible."""
-    with whole_file(file) as unfinished:
-        Image.fromarray(image).save(unfinished)
-
-
 def describe(segments: list[dict], class_names: Sequence[str]) -> str:
     """Returns a summary such as "3 star, 1 sky"."""
     counts = Counter(class_names[segment["category_id"]] for segment in segments)
@@ -109,9 +101,9 @@ def segment_file(
     record = mapper({"file_name": str(file)})
     with torch.no_grad():
         segment_ids, segments = model([record])[0]["panoptic_seg"]
-    write_png(draw_panoptic(image, segment_ids, segments, metadata), Path(f"{output}.png"))
+    write_png(Path(f"{output}.png"), draw_panoptic(image, segment_ids, segments, metadata))
     if pages:
-        write_png(result_page(model, record, metadata), Path(f"{output}_assignments.png"))
+        write_png(Path(f"{output}_assignments.png"), result_page(model, record, metadata))
     return f"{file} -> {output}.png: {describe(segments, metadata.stuff_classes)} ({time.perf_counter() - start:.1f} s)"
 
 

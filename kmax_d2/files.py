@@ -1,14 +1,21 @@
-"""Writes files that are complete or absent, never cut short."""
+"""Writes files that are complete or absent and never over those of the user, and locks the folder of a run."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
 from .errors import UserError
+
+MARK = "made by kmax_d2"  # in the first bytes of the results, which tells them from files of the user
+MARK_BYTES = 4096  # of a file, in which the mark is looked for
 
 
 @contextlib.contextmanager
@@ -16,7 +23,8 @@ def whole_file(file: Path) -> Iterator[Path]:
     """Gives a temporary path to write to, and renames it to `file` once the block ends without an error.
 
     The temporary file is in the same folder, which is created if need be, and has the same suffix. Its content is on
-    the disk before the renaming. After an error it is gone, and an earlier `file` is as it was.
+    the disk before the renaming, and the new name afterwards. After an error it is gone, and an earlier `file` is as
+    it was.
 
     Raises:
         UserError: the file cannot be written.
@@ -28,6 +36,10 @@ def whole_file(file: Path) -> Iterator[Path]:
         with open(unfinished, "rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(unfinished, file)
+        with contextlib.suppress(OSError):  # Windows cannot open a folder
+            folder = os.open(file.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror or error}") from error
     finally:
@@ -48,3 +60,46 @@ def make_folder(folder: Path) -> Path:
     except OSError as error:
         raise UserError(f"cannot create the folder {folder}: {error.strerror}") from error
     return folder
+
+
+def lock_folder(folder: Path) -> None:
+    """Claims a folder for this process until it ends, and removes what an earlier process left unfinished in it.
+
+    Raises UserError while another process holds the folder. Without file locks (Windows), nothing is claimed.
+    """
+    make_folder(folder)
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # stays open: the kernel unlocks it at exit
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise UserError(f"another run writes to {folder}: wait for it, or set another OUTPUT_DIR") from None
+    for unfinished in folder.glob(".*.part*"):
+        unfinished.unlink()
+
+
+def write_png(file: Path, image: np.ndarray, **texts: str) -> None:
+    """Writes an image (H, W) or (H, W, 3), uint8, as a PNG with the mark and further texts by :func:`whole_file`."""
+    info = PngInfo()
+    for name, text in ({"Comment": MARK} | texts).items():
+        info.add_text(name, text)
+    with whole_file(file) as unfinished:
+        Image.fromarray(image).save(unfinished, "PNG", pnginfo=info)
+
+
+def require_own(files: Iterable[Path], overwrite: bool = False) -> None:
+    """Raises UserError for the first file that exists and is not marked as ours; `overwrite` allows all."""
+    for file in () if overwrite else files:
+        if file.exists() and MARK.encode() not in _head(file):
+            raise UserError(f"{file} exists and was not made by kmax_d2: choose another name, or add --overwrite")
+
+
+def _head(file: Path) -> bytes:
+    try:
+        with open(file, "rb") as stream:
+            return stream.read(MARK_BYTES)
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from error

@@ -68,14 +68,9 @@ def get_checkpoint_url(name: str) -> str:
 
 
 def get_config(name: str, trained: bool = False) -> CfgNode:
-    """Returns the config of a model as it is written.
+    """Returns the config of a model as it is written; MODEL.WEIGHTS are trained ones, or those to start training from.
 
-    Args:
-        name: such as "coco/r50".
-        trained: whether MODEL.WEIGHTS names the trained weights; else it names those that training starts from.
-
-    Raises:
-        UserError: the model is unknown or has no trained weights.
+    Raises UserError if the model is unknown or has no trained weights.
     """
     return load_config(get_config_file(name), _trained(name) if trained else ())
 

@@ -89,14 +89,12 @@ def draw_panoptic(
 @functools.cache
 def cluster_palette(num_clusters: int) -> np.ndarray:
     """Returns colors (N, 3), uint8, RGB, each as far as possible from those before it (in CIELAB)."""
-    levels = np.arange(0, 256, 15, dtype=np.uint8)
-    candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
+    candidates = 15 * np.indices((18, 18, 18), dtype=np.uint8).reshape(3, -1).T
     lab = cv2.cvtColor(candidates[None].astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[0]
     chroma = np.hypot(lab[:, 1], lab[:, 2])
     vivid = (lab[:, 0] > 45) & (lab[:, 0] < 93) & (chroma > 25)
-    candidates, lab, chroma = candidates[vivid], lab[vivid], chroma[vivid]
-    chosen = [int(np.argmax(chroma))]
-    distance = np.full(len(lab), np.inf)
+    candidates, lab = candidates[vivid], lab[vivid]
+    chosen, distance = [int(np.argmax(chroma[vivid]))], np.full(len(lab), np.inf)
     while len(chosen) < num_clusters:
         distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
         chosen.append(int(np.argmax(distance)))
@@ -106,12 +104,7 @@ def cluster_palette(num_clusters: int) -> np.ndarray:
 def draw_assignment(image: np.ndarray, assignment: np.ndarray) -> np.ndarray:
     """Colors every pixel by its cluster, with the cluster's color of :func:`cluster_palette`, over a faint image.
 
-    Args:
-        image: (H, W, 3) uint8, RGB.
-        assignment: (h, w), the cluster index at each position; the outermost positions lie on the image border.
-
-    Returns:
-        (H, W, 3) uint8, RGB.
+    Takes and returns (H, W, 3) uint8, RGB; of the assignment's (h, w) positions, the outermost lie on the image border.
     """
     rows, columns = (
         np.rint(np.linspace(0, positions - 1, pixels)).astype(np.int64)
@@ -125,12 +118,7 @@ def draw_assignment(image: np.ndarray, assignment: np.ndarray) -> np.ndarray:
 def assignments(model: nn.Module, image: torch.Tensor) -> list[np.ndarray]:
     """Returns the nearest cluster center of each position, for each decoder in turn and then the final predictor.
 
-    Args:
-        model: a :class:`~kmax_d2.modeling.kmax_deeplab.KMaXDeepLab`.
-        image: (3, H, W), RGB, 0 to 255.
-
-    Returns:
-        maps (h, w) of cluster indices, each at its own stride.
+    Takes an image (3, H, W), RGB, 0 to 255, and returns maps (h, w) of cluster indices, each at its own stride.
     """
     result = model.predict(image[None], auxiliary=True)  # type: ignore[operator]
     predictions = [*result["auxiliary"], result]
@@ -159,7 +147,7 @@ def result_page(model: nn.Module, record: dict, metadata: Metadata) -> np.ndarra
     """Draws one image: the input, its ground truth if there is any, the prediction, and the clusters of each decoder.
 
     Args:
-        model: a :class:`~kmax_d2.modeling.kmax_deeplab.KMaXDeepLab`; its mode does not change.
+        model: its mode does not change.
         record: from the dataset or the test mapper; for the former, "file_name" is enough.
         metadata: the dataset's, with class names and colors.
 

@@ -26,6 +26,8 @@ SMALL_MODEL = {
     "DATALOADER.NUM_WORKERS": 0,
     "SEED": 1,
 }
+# The model alone, as a flat list of names and values.
+SMALL_KMAX = [part for name, value in SMALL_MODEL.items() if name.startswith("MODEL.KMAX") for part in (name, value)]
 # What distinguishes the Cityscapes models: five maps, another semantic head, and weighted hard pixels in its loss.
 CITYSCAPES = {
     "MODEL__KMAX__PIXEL_DECODER__IN_FEATURES": ["stage5", "stage4", "stage3", "stage2", "stage1"],

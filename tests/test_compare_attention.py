@@ -1,32 +1,20 @@
 """The comparison of cross-attentions as a user runs it, shortened."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import programs
 from detectron2.data import DatasetCatalog
 from PIL import Image
-from small import SMALL_MODEL
+from small import SMALL_KMAX
 
 from kmax_d2.engine import load_config
 from kmax_d2.tools.compare_attention import draw, make_config
 
-ROOT = Path(__file__).parents[1]
-
 
 def test_it_trains_both_draws_and_does_nothing_twice(tmp_path, shapes_cache):
-    parts = {name: value for name, value in SMALL_MODEL.items() if name.startswith("MODEL.KMAX")}
-    opts = [part for pair in parts.items() for part in pair]
-    opts += ["INPUT.CROP_SIZE", [65, 65], "SOLVER.MAX_ITER", 5, "TEST.EVAL_PERIOD", 2]
-    command = [sys.executable, "-m", "kmax_d2.tools.compare_attention", "--output", tmp_path, "--seeds", 1, *opts]
-    environment = os.environ | {"KMAX_D2_CACHE": str(shapes_cache), "OMP_NUM_THREADS": "1"}
-
-    def run():
-        return subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=environment)
-
-    first = run()
+    command = ["-m", "kmax_d2.tools.compare_attention", "--output", tmp_path, "--seeds", 1, *SMALL_KMAX]
+    command += ["INPUT.CROP_SIZE", [65, 65], "SOLVER.MAX_ITER", 5, "TEST.EVAL_PERIOD", 2]
+    first = programs.run(*command, KMAX_D2_CACHE=str(shapes_cache))
     assert first.returncode == 0, first.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     assert {label: [list(curve) for curve in runs] for label, runs in results.items()} == {
@@ -35,7 +23,7 @@ def test_it_trains_both_draws_and_does_nothing_twice(tmp_path, shapes_cache):
     }
     assert "5/5" in first.stderr
     (tmp_path / "results.json").unlink()
-    second = run()
+    second = programs.run(*command, KMAX_D2_CACHE=str(shapes_cache))
     assert second.returncode == 0, second.stderr
     assert "5/5" not in second.stderr
     assert json.loads((tmp_path / "results.json").read_text()) == results

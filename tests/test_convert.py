@@ -68,5 +68,5 @@ def test_faults(config, tmp_path):
         run(config, tmp_path / "none.pth", tmp_path / "model.pth")
     torch.save(published.build().state_dict(), tmp_path / "model.pth")
     (tmp_path / "taken").touch()
-    with pytest.raises(UserError, match=r"cannot create the folder .*taken"):
+    with pytest.raises(UserError, match=r"cannot write .*taken"):
         run(config, tmp_path / "model.pth", tmp_path / "taken" / "model.pkl")

@@ -4,11 +4,12 @@ import json
 import os
 import stat
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from kmax_d2.errors import UserError
-from kmax_d2.files import whole_file, write_json
+from kmax_d2.files import MARK, require_own, whole_file, write_json, write_png
 
 
 def test_a_file_appears_when_it_is_complete(tmp_path):
@@ -40,6 +41,8 @@ def test_what_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(UserError, match=r"^cannot write .*folder\.json: Is a directory$"):
         write_json(tmp_path / "folder.json", [])
+    with pytest.raises(UserError, match=r"^cannot write .*folder\.json: Is a directory$"):
+        write_png(tmp_path / "folder.json", np.zeros((2, 2, 3), np.uint8))
     assert sorted(os.listdir(tmp_path)) == ["folder.json", "taken"]
 
 
@@ -52,3 +55,17 @@ def test_permissions_are_those_of_any_new_file(tmp_path):
     (tmp_path / "plain").touch()
     write_json(tmp_path / "a.json", [])
     assert stat.S_IMODE((tmp_path / "a.json").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def test_only_files_of_the_project_are_its_own(tmp_path):
+    own, users = tmp_path / "own.png", tmp_path / "users.png"
+    write_png(own, np.zeros((300, 300), np.uint8), title="x")
+    Image.open(own).save(users)
+    write_json(tmp_path / "own.json", {"info": {"description": MARK}, "images": []})
+    require_own([own, tmp_path / "own.json", tmp_path / "absent.png"])
+    with pytest.raises(UserError, match=r"users\.png exists and was not made by kmax_d2: .*--overwrite"):
+        require_own([own, users])
+    require_own([users], overwrite=True)
+    with pytest.raises(UserError, match=r"cannot read "):
+        require_own([tmp_path])
+    assert Image.open(own).text == {"Comment": MARK, "title": "x"}

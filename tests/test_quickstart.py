@@ -2,33 +2,27 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import programs
 import pytest
 from PIL import Image
-from small import SMALL_MODEL
+from small import SMALL_KMAX
 
-ROOT = Path(__file__).parents[1]
+from kmax_d2.parallel import num_cores
+
 KEYS = ["PQ", "PQ_th", "PQ_st", "AP", "mIoU", "seconds"]
 
 
-def quickstart(output, cache, opts=(), timeout=300):
-    command = [sys.executable, "-m", "kmax_d2.tools.quickstart", "--output", str(output), *map(str, opts)]
-    environment = os.environ | {"KMAX_D2_CACHE": str(cache)}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=timeout)
+def quickstart(output, cache, *options, **others):
+    command = ["-m", "kmax_d2.tools.quickstart", "--output", output, *options]
+    return programs.run(*command, KMAX_D2_CACHE=str(cache), **others)
 
 
-def test_it_draws_trains_evaluates_and_leaves_results_and_pictures(tmp_path, monkeypatch, shapes_cache):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_it_draws_trains_evaluates_and_leaves_results_and_pictures(tmp_path, shapes_cache):
     output = tmp_path / "out"
     output.mkdir()
     (output / "results.json").write_text("of an earlier run")
-    parts = {name: value for name, value in SMALL_MODEL.items() if name.startswith("MODEL.KMAX")}
-    opts = [part for pair in parts.items() for part in pair]
-    run = quickstart(output, shapes_cache, [*opts, "INPUT.CROP_SIZE", [65, 65], "SOLVER.MAX_ITER", 3])
+    run = quickstart(output, shapes_cache, *SMALL_KMAX, "INPUT.CROP_SIZE", [65, 65], "SOLVER.MAX_ITER", 3)
     assert run.returncode == 0, run.stderr
     results = json.loads((output / "results.json").read_text())
     assert list(results) == KEYS
@@ -42,14 +36,14 @@ def test_it_draws_trains_evaluates_and_leaves_results_and_pictures(tmp_path, mon
     assert (output / "model_final.pth").is_file()
     assert "3/3" in run.stderr
     assert "Traceback" not in run.stderr
-    again = quickstart(output, shapes_cache, ["SOLVER.MAXITER", 3])
+    again = quickstart(output, shapes_cache, "SOLVER.MAXITER", 3)
     assert again.returncode == 1
     assert again.stderr.strip().splitlines()[-1] == "error: no option SOLVER.MAXITER - did you mean SOLVER.MAX_ITER?"
 
 
 @pytest.mark.slow
 def test_it_learns_to_segment(tmp_path, shapes_cache):
-    run = quickstart(tmp_path / "out", shapes_cache, timeout=1200)
+    run = quickstart(tmp_path / "out", shapes_cache, timeout=1200, OMP_NUM_THREADS=str(num_cores()))
     assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["PQ"] > 50

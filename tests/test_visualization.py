@@ -9,7 +9,8 @@ from PIL import Image
 from small import options
 
 from kmax_d2 import visualization
-from kmax_d2.data.datasets import shapes
+from kmax_d2.data.datasets import coco_panoptic, shapes
+from kmax_d2.data.segment_ids import rgb2id
 from kmax_d2.engine import ready_config
 
 STAR = next(index for index, category in enumerate(shapes.CATEGORIES) if category["name"] == "star")
@@ -160,27 +161,11 @@ def test_page_holds_every_panel_at_one_size():
     assert (sheet[-5:] == 255).all() and (sheet[:, -5:] == 255).all()
 
 
-class Recorder:
-    """Stands in for `page` and keeps the panels."""
-
-    def __call__(self, panels):
-        self.titles = [[title for title, _ in row] for row in panels]
-        self.sizes = {image.shape for row in panels for _, image in row}
-        return np.zeros((1, 1, 3), np.uint8)
-
-
 @pytest.fixture
 def record(tmp_path):
-    image, id_map, segments = shapes.draw(3, 0)
-    Image.fromarray(image).save(tmp_path / "image.png")
-    png = np.stack([id_map, id_map >> 8, id_map >> 16], -1).astype(np.uint8)
-    Image.fromarray(png).save(tmp_path / "panoptic.png")
-    index = {category["id"]: i for i, category in enumerate(shapes.CATEGORIES)}
-    for segment in segments:
-        segment["isthing"] = bool(shapes.CATEGORIES[index[segment["category_id"]]]["isthing"])
-        segment["category_id"] = index[segment["category_id"]]
-    files = {"file_name": str(tmp_path / "image.png"), "pan_seg_file_name": str(tmp_path / "panoptic.png")}
-    return files | {"height": image.shape[0], "width": image.shape[1], "segments_info": segments}
+    shapes.write_split(tmp_path, "val", 1, 3)
+    images, pngs, json_file = (str(tmp_path / name) for name in ("val", "panoptic_val", "panoptic_val.json"))
+    return coco_panoptic.load(json_file, images, pngs)[0]
 
 
 DECODERS = [
@@ -189,31 +174,29 @@ DECODERS = [
 ]
 
 
-def test_result_page(model, metadata, record, monkeypatch):
-    recorder = Recorder()
-    monkeypatch.setattr(visualization, "page", recorder)
-    model.train()
+@pytest.mark.parametrize("training", [True, False])
+def test_result_page(model, metadata, record, monkeypatch, training):
+    """Of a record with its ground truth, and of an image alone."""
+    monkeypatch.setattr(visualization, "page", lambda panels: panels)  # before it becomes one picture
+    record = record if training else {"file_name": record["file_name"]}
+    model.train(training)
     try:
-        visualization.result_page(model, record, metadata)
-        assert all(module.training for module in model.modules())
+        panels = visualization.result_page(model, record, metadata)
+        assert all(module.training == training for module in model.modules())
     finally:
         model.eval()
-    assert recorder.titles == [["input", "ground truth", "prediction"], *DECODERS]
-    assert len(recorder.sizes) == 1
-
-
-def test_result_page_without_ground_truth(model, metadata, record, monkeypatch):
-    recorder = Recorder()
-    monkeypatch.setattr(visualization, "page", recorder)
-    visualization.result_page(model, {"file_name": record["file_name"]}, metadata)
-    assert recorder.titles == [["input", "prediction", "final clusters (stride 4)"], *DECODERS]
+    first = (
+        ["input", "ground truth", "prediction"] if training else ["input", "prediction", "final clusters (stride 4)"]
+    )
+    assert [[title for title, _ in row] for row in panels] == [first, *DECODERS]
+    assert len({image.shape for row in panels for _, image in row}) == 1
 
 
 def test_result_page_shows_the_ground_truth(model, metadata, record):
     """The second panel is the overlay of the record's own masks."""
     sheet = visualization.result_page(model, record, metadata)
-    image, id_map, _ = shapes.draw(3, 0)
-    expected = visualization.draw_panoptic(image, id_map, record["segments_info"], metadata)
+    image, ids = (np.asarray(Image.open(record[name])) for name in ("file_name", "pan_seg_file_name"))
+    expected = visualization.draw_panoptic(image, rgb2id(ids), record["segments_info"], metadata)
     height, width = expected.shape[:2]
     windows = np.lib.stride_tricks.sliding_window_view(sheet[: height + 80], (height, 1, 3))
     column = expected[:, width // 4][:, None]

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from .. import files
 from .segment_ids import id2rgb
@@ -48,10 +47,7 @@ def describe(ids: np.ndarray) -> list[dict]:
 
 def write(file: Path, ids: np.ndarray, annotation: dict) -> None:
     """Writes an id map (H, W) of 0 to 2^24 - 1 as a PNG that contains its annotation."""
-    info = PngInfo()
-    info.add_text(CHUNK, json.dumps(annotation))
-    with files.whole_file(file) as unfinished:
-        Image.fromarray(id2rgb(ids)).save(unfinished, pnginfo=info)
+    files.write_png(file, id2rgb(ids), **{CHUNK: json.dumps(annotation)})
 
 
 def read_annotation(file: Path) -> dict | None:
@@ -74,6 +70,6 @@ def write_json(file: Path, entries: list[dict], categories: list[dict]) -> None:
         categories: of the JSON.
     """
     images, annotations = ([entry[key] for entry in entries] for key in ("image", "annotation"))
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    files.write_json(file, content)
+    info = {"description": files.MARK}
+    files.write_json(file, {"info": info, "images": images, "annotations": annotations, "categories": categories})
     print(f"{file}: {len(entries)} images")

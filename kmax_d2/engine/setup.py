@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -136,10 +137,18 @@ def prepare_datasets(cfg: CfgNode) -> None:
         for folder in (images, pngs):
             if not os.path.isdir(folder):
                 raise UserError(f"no folder {folder}, which is named in DATASETS.OWN_{split}")
-        name = f"{Path(json_file).absolute().parent.name}_{Path(json_file).stem}"
+        path = Path(json_file).absolute()
+        name = f"{path.parent.name}_{path.stem}"
+        if name in DatasetCatalog and Path(MetadataCatalog.get(name).get("panoptic_json", "")).absolute() != path:
+            name += f"_{zlib.crc32(bytes(path)):08x}"  # another file has this name
         coco_panoptic.register(name, images, pngs, json_file)
         cfg.DATASETS[split] = (name,)
         cfg.MODEL.KMAX.NUM_CLASSES = 0
+    own = (cfg.DATASETS.OWN_TRAIN, cfg.DATASETS.OWN_TEST)
+    if all(own) and len({os.path.realpath(images) for images, *_ in own}) == 1:
+        train, test = ({image["file_name"] for image in coco_panoptic.read_json(files[2])["images"]} for files in own)
+        if train & test:
+            logger.warning(f"{len(train & test)} test images are also training images, such as {min(train & test)}")
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
     for name in names:
         if name not in DatasetCatalog:

@@ -3,9 +3,8 @@
 python -m kmax_d2.tools.analyze --config-file coco/r50 [--size HEIGHT WIDTH] [--json] [NAME VALUE ...]
 
 FLOPs are counted as in Tables 1 and 2 of the paper: one per multiply-add of convolutions and matrix products, for one
-image of exactly the given size. Norms, activations, resizing, softmax, and merging are left out. The paper updates the
-cluster centers by a product of the one-hot assignment and the pixel values. Here the update is a sum by index, which
-costs next to nothing, but it is counted as that product: N * H * W * C.
+image of exactly the given size. The update of the cluster centers, a sum by index here, counts as the paper's product
+of the one-hot assignment and the pixel values: N * H * W * C.
 
 The default size is the paper's: 800x1200 on COCO, elsewhere the crop, which is 1025x2049 on Cityscapes. In practice an
 image is padded to sides of 32k + 1 first: `--size 801 1217` shows what the network computes for one of 800x1200.
@@ -14,7 +13,7 @@ image is padded to sides of 32k + 1 first: `--size 801 1217` shows what the netw
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from ..command_line import ConfigParser, run_program
 
@@ -40,35 +39,25 @@ from ..errors import UserError
 PAPER_COCO_SIZE = (800, 1200)
 PARTS = {"backbone": "backbone", "pixel_decoder": "pixel_decoder", "kmax_decoders": "transformer_decoder"}
 FINAL_PREDICTOR = ("class_projection", "mask_projection", "predictor")  # children of the transformer decoder
-# For counting: a random model of the inference network, on the CPU.
-OVERRIDES = (
-    *("MODEL.DEVICE", "cpu"),
-    *("MODEL.KMAX.LOSS.SEMANTIC_WEIGHT", 0.0),
-    *("MODEL.KMAX.TIMM.PRETRAINED", False),
-)
-
-
-def _index_add_flops(sums: Sequence[int], dim: int, index: Sequence[int], values: Sequence[int], **_) -> int:
-    """FLOPs of one image's k-means update, (N, C) sums of (H*W, C) values, as a matrix product: 2 per multiply-add."""
-    return 2 * sums[0] * values[0] * values[1]
+# The inference network, on the CPU, with random weights.
+OVERRIDES = ("MODEL.DEVICE", "cpu", "MODEL.KMAX.LOSS.SEMANTIC_WEIGHT", 0.0, "MODEL.KMAX.TIMM.PRETRAINED", False)
 
 
 def flop_counter() -> FlopCounterMode:
     """Returns a context that counts the FLOPs of what runs inside: twice the multiply-adds."""
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.index_add: _index_add_flops})
+
+    def kmeans_update(sums, dim, index, values, **_):  # shapes, (N, C) and (H*W, C), for one image
+        return 2 * sums[0] * values[0] * values[1]
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.index_add: kmeans_update})
 
 
-def _num_parameters(modules: Iterable[nn.Module]) -> int:
+def _num_parameters(*modules: nn.Module) -> int:
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
 def analyze(file: str, options: Sequence = (), size: Sequence[int] | None = None) -> dict:
-    """Counts the model of a config.
-
-    Args:
-        file: a config file or name; an empty string for the defaults.
-        options: (name, value, name, value, ...).
-        size: (height, width) of the network's input; None for the paper's.
+    """Counts the model of a config for an input of a size (height, width); None takes the paper's.
 
     Returns:
         "size", [height, width]; "params"; "flops", multiply-adds for one image; "parts", with params and flops of
@@ -84,10 +73,10 @@ def analyze(file: str, options: Sequence = (), size: Sequence[int] | None = None
         raise UserError(f"the input must have at least one pixel, not {height}×{width}")
     model = build_model(cfg).eval().requires_grad_(False)
     decoder = model.transformer_decoder
-    params = {name: _num_parameters([getattr(model, part)]) for name, part in PARTS.items()}
-    params["final_predictor"] = _num_parameters(getattr(decoder, name) for name in FINAL_PREDICTOR)
-    counter = flop_counter()
-    with FakeTensorMode(allow_non_fake_inputs=True), counter:  # computes shapes alone, so every model takes seconds
+    params = {name: _num_parameters(getattr(model, part)) for name, part in PARTS.items()}
+    params["final_predictor"] = _num_parameters(*(getattr(decoder, name) for name in FINAL_PREDICTOR))
+    # Fake tensors compute shapes alone, so every model takes seconds.
+    with FakeTensorMode(allow_non_fake_inputs=True), flop_counter() as counter:
         decoder(model.pixel_decoder(model.backbone(torch.zeros(1, 3, height, width))), False)
     counts = {name: sum(by_operator.values()) // 2 for name, by_operator in counter.get_flop_counts().items()}
     flops = {name: counts[type(getattr(model, part)).__name__] for name, part in PARTS.items()}
@@ -96,7 +85,7 @@ def analyze(file: str, options: Sequence = (), size: Sequence[int] | None = None
         count["kmax_decoders"] -= count["final_predictor"]
     return {
         "size": [height, width],
-        "params": _num_parameters([model]),
+        "params": _num_parameters(model),
         "flops": counts["Global"],
         "parts": {name: {"params": params[name], "flops": flops[name]} for name in params},
     }

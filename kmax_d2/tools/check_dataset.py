@@ -41,7 +41,7 @@ from ..data.mapper import read_image
 from ..data.segment_ids import rgb2id
 from ..engine import ready_config
 from ..errors import UserError, did_you_mean
-from ..files import make_folder, whole_file
+from ..files import make_folder, write_png
 from ..visualization import draw_panoptic, page
 
 COLUMNS = 4  # of the page
@@ -134,8 +134,7 @@ def draw_page(dataset: Dataset, findings: list[Findings], args: argparse.Namespa
         panels = [(Path(sample.image).name, draw_sample(sample, dataset)) for sample in chosen]
         sheet = page([panels[start : start + COLUMNS] for start in range(0, len(panels), COLUMNS)])
         file = make_folder(Path(args.output)) / f"{dataset.name}.png"
-        with whole_file(file) as unfinished:
-            Image.fromarray(sheet).save(unfinished)
+        write_png(file, sheet)
         print(f"samples are drawn in {file}")
 
 

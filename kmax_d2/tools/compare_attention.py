@@ -35,15 +35,13 @@ from ..files import make_folder, write_json
 from .quickstart import CONFIG, QuickstartTrainer, quiet_log
 
 ATTENTIONS = {"KMeansCrossAttention": "k-means", "SoftmaxCrossAttention": "spatial softmax"}
-ITERATIONS = 1000
-EVAL_PERIOD = 100
+DEFAULTS = ("SOLVER.MAX_ITER", 1000, "TEST.EVAL_PERIOD", 100)
 
 
 def make_config(attention: str, seed: int, folder: Path, options: Sequence[str]) -> CfgNode:
     """Returns the quickstart's config for one training; only panoptic quality is evaluated."""
-    defaults = ("SOLVER.MAX_ITER", ITERATIONS, "TEST.EVAL_PERIOD", EVAL_PERIOD)
     variant = ("OUTPUT_DIR", str(folder), "SEED", seed, "MODEL.KMAX.TRANSFORMER_DECODER.CROSS_ATTENTION", attention)
-    return ready_config(CONFIG, [*defaults, *options], [*variant, *PANOPTIC_ONLY])
+    return ready_config(CONFIG, [*DEFAULTS, *options], [*variant, *PANOPTIC_ONLY])
 
 
 def train(cfg: CfgNode) -> dict[int, float]:
@@ -66,12 +64,11 @@ def draw(curves: dict[str, list[dict[int, float]]], file: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for label, runs in curves.items():
-        iterations = list(runs[0])
-        values = np.array([list(run.values()) for run in runs])
-        (line,) = axes.plot(iterations, values.mean(0), marker="o", markersize=3, label=label)
-        axes.fill_between(iterations, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
-    axes.set(xlabel="iterations", ylabel="PQ on the held-out images (%)", ylim=(0, None))
-    axes.set_title(f"mean and range of {len(next(iter(curves.values())))} seeds")
+        iterations, values = list(runs[0]), np.array([list(run.values()) for run in runs])
+        axes.plot(iterations, values.mean(0), marker="o", markersize=3, label=label)
+        axes.fill_between(iterations, values.min(0), values.max(0), alpha=0.2, linewidth=0)
+    title = f"mean and range of {len(runs)} seeds"
+    axes.set(xlabel="iterations", ylabel="PQ on the held-out images (%)", ylim=(0, None), title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=120, format="png")

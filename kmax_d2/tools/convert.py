@@ -26,12 +26,11 @@ from detectron2.utils.logger import setup_logger
 from ..checkpoint import KMaXCheckpointer
 from ..engine import ready_config
 from ..errors import UserError
-from ..files import make_folder, whole_file
+from ..files import whole_file
 
 
 def write_checkpoint(weights: dict[str, torch.Tensor], file: Path) -> None:
     """Writes a checkpoint in the format of `file`'s suffix, .pth or .pkl. Raises UserError if that is impossible."""
-    make_folder(file.parent)
     with whole_file(file) as unfinished, open(unfinished, "wb") as stream:
         if file.suffix == ".pth":
             torch.save({"model": weights}, stream)

@@ -26,6 +26,7 @@ if __name__ == "__main__":
 import functools
 from collections import Counter
 from datetime import timedelta
+from typing import Any
 
 import torch
 import yaml
@@ -48,13 +49,12 @@ from ..speed import require_precision, use_precision
 def categories_of(cfg: CfgNode) -> list[dict]:
     """Returns the JSON categories of the config's dataset, in the order of the contiguous classes."""
     metadata = dataset_metadata(cfg)
-    things = metadata.thing_dataset_id_to_contiguous_id
-    classes = {**metadata.stuff_dataset_id_to_contiguous_id, **things}
-    colors = metadata.get("stuff_colors")
+    things, colors = metadata.thing_dataset_id_to_contiguous_id, metadata.get("stuff_colors")
+    id_of = {index: id_ for id_, index in (metadata.stuff_dataset_id_to_contiguous_id | things).items()}
     return [
-        {"id": id_, "name": metadata.stuff_classes[index], "isthing": int(id_ in things)}
+        {"id": id_of[index], "name": name, "isthing": int(id_of[index] in things)}
         | ({"color": list(colors[index])} if colors else {})
-        for id_, index in sorted(classes.items(), key=lambda item: item[1])
+        for index, name in enumerate(metadata.stuff_classes)
     ]
 
 
@@ -69,24 +69,22 @@ def label(args: argparse.Namespace, files: Sequence[Path], folder: Path) -> None
     """Writes a PNG with its segments inside for each image; the processes divide the images among themselves."""
     cfg = ready_config(args.config_file, args.opts, PANOPTIC_ONLY)
     categories, model = categories_of(cfg), load_predictor(cfg)
-    share = files[comm.get_rank() :: comm.get_world_size()]
+    share: Any = files[comm.get_rank() :: comm.get_world_size()]
     load = functools.partial(_load, mapper=PanopticTestMapper(cfg))
     # Every image has its own size, so there are no batches.
-    workers = cfg.DATALOADER.NUM_WORKERS
-    loader: DataLoader = DataLoader(list(share), batch_size=None, collate_fn=load, num_workers=workers)  # type: ignore
-    quiet = not comm.is_main_process()
-    for file, inputs in tqdm(loader, "labeling", unit="image", disable=quiet, mininterval=0.5, dynamic_ncols=True):
+    loader: DataLoader = DataLoader(share, batch_size=None, collate_fn=load, num_workers=cfg.DATALOADER.NUM_WORKERS)
+    for file, inputs in tqdm(loader, "labeling", unit="image", disable=not comm.is_main_process(), mininterval=0.5):
         if isinstance(inputs, UserError):
             tqdm.write(f"skipped: {inputs}")
             continue
         with use_precision(cfg.MODEL.KMAX.TEST.PRECISION, cfg.MODEL.DEVICE), torch.no_grad():
             ids, segments = model([inputs])[0]["panoptic_seg"]
         id_map = ids.cpu().numpy()
-        described = {segment["id"]: segment for segment in describe(id_map)}
+        category = {segment["id"]: categories[segment["category_id"]]["id"] for segment in segments}
         segments_info = [
-            described[segment["id"]] | {"category_id": categories[segment["category_id"]]["id"], "iscrowd": 0}
-            for segment in segments
-            if segment["id"] in described
+            segment | {"category_id": category[segment["id"]], "iscrowd": 0}
+            for segment in describe(id_map)
+            if segment["id"] in category
         ]
         size = {"height": id_map.shape[0], "width": id_map.shape[1]}
         write(folder / f"{file.stem}.png", id_map, size | {"segments_info": segments_info})
@@ -94,13 +92,12 @@ def label(args: argparse.Namespace, files: Sequence[Path], folder: Path) -> None
 
 def remember_model(cfg: CfgNode, folder: Path) -> None:
     """Records which model makes the labels. Raises UserError if another one made those in the folder."""
-    model = yaml.safe_load(cfg.MODEL.dump())
+    model, inputs = (yaml.safe_load(part.dump()) for part in (cfg.MODEL, cfg.INPUT))
     del model["DEVICE"], model["KMAX"]["COMPILE"]
-    weights = Path(model.pop("WEIGHTS"))
-    stat = weights.stat() if weights.is_file() else None
-    source = {"bytes": stat.st_size, "changed": stat.st_mtime} if stat else str(weights)
-    inputs = yaml.safe_load(cfg.INPUT.dump())
-    text = yaml.safe_dump({"weights": source, "model": model, "input": inputs, "categories": categories_of(cfg)})
+    weights = Path(cfg.MODEL.WEIGHTS)
+    if weights.is_file():
+        model["WEIGHTS"] = {"bytes": weights.stat().st_size, "changed": weights.stat().st_mtime}
+    text = yaml.safe_dump({"model": model, "input": inputs, "categories": categories_of(cfg)})
     file = folder / "model.yaml"
     if not (file.is_file() and any(folder.glob("*.png"))):
         with whole_file(file) as unfinished:
@@ -114,22 +111,20 @@ def remember_model(cfg: CfgNode, folder: Path) -> None:
 def json_entries(labels: dict[Path, dict]) -> list[dict]:
     """Returns "image" and "annotation" of every image that has segments; ids are the file names if all are numbers."""
     numbers = {int(file.stem) for file in labels if file.stem.isdecimal()}
-    ids = [int(file.stem) for file in labels] if len(numbers) == len(labels) else range(1, len(labels) + 1)
-    return [
-        {
-            "image": {"id": id_, "file_name": file.name, "height": label["height"], "width": label["width"]},
-            "annotation": {"image_id": id_, "file_name": f"{file.stem}.png", "segments_info": label["segments_info"]},
-        }
-        for id_, (file, label) in zip(ids, labels.items(), strict=True)
-        if label["segments_info"]
-    ]
+    entries = []
+    for number, (file, label) in enumerate(labels.items(), start=1):
+        id_, segments = int(file.stem) if len(numbers) == len(labels) else number, label["segments_info"]
+        image = {"id": id_, "file_name": file.name, "height": label["height"], "width": label["width"]}
+        annotation = {"image_id": id_, "file_name": f"{file.stem}.png", "segments_info": segments}
+        entries += [{"image": image, "annotation": annotation}] if segments else []
+    return entries
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command line; None takes that of the process."""
     args = PARSER.parse(argv)
     files = images_in(args.input)
-    stem, count = Counter(file.stem for file in files).most_common(1)[0]
+    (stem, count), *_ = Counter(file.stem for file in files).most_common(1)
     if count > 1:
         raise UserError(f"{count} images in {args.input} are named {stem} except for their suffix; rename them")
     cfg = ready_config(args.config_file, args.opts, PANOPTIC_ONLY)
@@ -137,15 +132,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     categories, name = categories_of(cfg), f"panoptic_{args.input.resolve().name}"
     folder = make_folder(args.output / name)
     remember_model(cfg, folder)
-    pngs = {file: folder / f"{file.stem}.png" for file in files}
-    found = dict(zip(files, parallel_map(read_annotation, pngs.values(), "looking for labels"), strict=True))
-    missing = [file for file, labels in found.items() if labels is None]
+    pngs = [folder / f"{file.stem}.png" for file in files]
+    found = parallel_map(read_annotation, pngs, "looking for labels")
+    missing = [file for file, labels in zip(files, found, strict=True) if labels is None]
     if missing:
         # The processes only meet at the end, where one may have to wait long for the others.
         launch(label, args.num_gpus, dist_url="auto", timeout=timedelta(days=7), args=(args, missing, folder))
-        written = parallel_map(read_annotation, [pngs[file] for file in missing], "collecting labels")
-        found |= dict(zip(missing, written, strict=True))
-    labeled = {file: labels for file, labels in found.items() if labels is not None}
+        found = parallel_map(read_annotation, pngs, "collecting labels")
+    labeled = {file: labels for file, labels in zip(files, found, strict=True) if labels is not None}
     entries = json_entries(labeled)
     if not entries:
         raise UserError(f"none of the {len(files)} images in {args.input} got a label; is the model trained?")
