@@ -67,7 +67,7 @@ def look_up(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return table.index_select(0, index.flatten().int()).view(index.shape)
 
 
-@dataclass
+@dataclass(eq=False)
 class MaskWiseMerging:
     """Pastes masks one after the other, the most confident first.
 

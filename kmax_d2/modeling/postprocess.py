@@ -192,11 +192,8 @@ def query_classes(merged: Segmentation) -> torch.Tensor:
 
 def _instances(masks: torch.Tensor, scores: torch.Tensor, classes: torch.Tensor) -> Instances:
     """Masks (n, H, W), none of them empty, with their boxes, which reach to the far edge of their last pixel."""
-    boxes = []
-    for line in (masks.any(1), masks.any(2)):  # columns, rows
-        first, behind = line.byte().argmax(1), line.shape[1] - line.flip(1).byte().argmax(1)
-        boxes.append(torch.stack([first, behind], dim=1))
-    corners = torch.stack(boxes, dim=2).flatten(1).float()
-    return Instances(
-        tuple(masks.shape[-2:]), pred_masks=masks, pred_boxes=Boxes(corners), scores=scores, pred_classes=classes
-    )
+    sides = masks.any(1).byte(), masks.any(2).byte()  # columns, rows
+    first, behind = [x.argmax(1) for x in sides], [x.shape[1] - x.flip(1).argmax(1) for x in sides]
+    boxes = Boxes(torch.stack([*first, *behind], dim=1).float())
+    size = tuple(masks.shape[-2:])
+    return Instances(size, pred_masks=masks, pred_boxes=boxes, scores=scores, pred_classes=classes)
