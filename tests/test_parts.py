@@ -85,7 +85,7 @@ def test_part_of_an_unknown_name(option, name, near):
         ("MODEL.KMAX.TRANSFORMER_DECODER.TRAINING_QUERIES", 1, f"1 of {QUERIES} queries"),
         ("MODEL.KMAX.TRANSFORMER_DECODER.NUM_QUERIES", 1, "NUM_QUERIES is 1, but must be at least 2"),
         ("MODEL.KMAX.TRANSFORMER_DECODER.DECODERS", [1, 1, 1, 1, 1], "must be numbers of decoders on the 4 maps"),
-        ("MODEL.KMAX.TRANSFORMER_DECODER.DECODERS", [0, 0], "with one decoder at least"),
+        ("MODEL.KMAX.TRANSFORMER_DECODER.DECODERS", [0, 0], "one in all at least"),
         ("MODEL.KMAX.PIXEL_DECODER.IN_FEATURES", ["stage5", "stage4", "stage3", "stage0"], r"names \['stage0'\]"),
         ("MODEL.KMAX.PIXEL_DECODER.KINDS", ["axial", "axial", "square", "square"], "KINDS has square"),
         ("MODEL.KMAX.RESNET.BLOCKS", [1, 1, 1], "KMaXResNet has four stages"),

@@ -140,9 +140,7 @@ class KMaXTransformerDecoder(nn.Module):
         super().__init__()
         options = "MODEL.KMAX.TRANSFORMER_DECODER"
         if len(decoders) > len(input_shape) or sum(decoders) < 1:
-            wanted = (
-                f"numbers of decoders on the {len(input_shape)} maps of the pixel decoder, with one decoder at least"
-            )
+            wanted = f"numbers of decoders on the {len(input_shape)} maps of the pixel decoder, one in all at least"
             raise UserError(f"{options}.DECODERS is {list(decoders)}, but must be {wanted}")
         if num_queries < 2:
             raise UserError(f"{options}.NUM_QUERIES is {num_queries}, but must be at least 2")
