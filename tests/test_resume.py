@@ -1,5 +1,7 @@
 """A run that was interrupted goes on as if nothing had happened; some of the interruptions are real."""
 
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -206,3 +208,21 @@ def test_another_number_of_classes_cannot_be_resumed(own_data, tmp_path):
     torch.save(state, tmp_path / "model_final.pth")
     with pytest.raises(UserError, match=r"class_head.bias has shape \(9,\), not \(10,\)"):
         run(own_data, tmp_path)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_killed_process_from_the_last_checkpoint(own_data, tmp_path):
+    process = start_train_net(
+        tmp_path, own_data, "--resume", torchrun=2, restarts=3, SOLVER__MAX_ITER=40, SOLVER__CHECKPOINT_PERIOD=5
+    )
+    try:
+        wait_for(lambda: list(tmp_path.glob("model_0*.pth")), process)
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        stdout, stderr = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 0, stderr
+    starts = [int(number) for number in re.findall(r"Starting training from iteration (\d+)", stdout)]
+    assert len(starts) == 2 and starts[0] == 0 and starts[1] % 5 == 0 < starts[1]
+    assert loaded(tmp_path / "model_final.pth")["iteration"] == 39
