@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 from detectron2.data import DatasetCatalog
@@ -48,9 +49,8 @@ def test_a_configs_other_datasets_stay_if_they_have_the_same_classes(own_data, o
 
 
 def test_things_must_agree_between_training_and_test(own_data):
-    content = json.loads(open(own_data["val"][2]).read())
+    content = json.loads(Path(own_data["val"][2]).read_text())
     content["categories"][0]["isthing"] ^= 1
-    with open(own_data["val"][2], "w") as stream:
-        json.dump(content, stream)
+    Path(own_data["val"][2]).write_text(json.dumps(content))
     with pytest.raises(UserError, match="have different classes"):
         ready_config("", options(DATASETS__OWN_TRAIN=own_data["train"], DATASETS__OWN_TEST=own_data["val"]))

@@ -2,9 +2,11 @@
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 import small
 import torch
 from detectron2.utils.env import seed_all_rng
-from runs import arguments, start_train_net, train_net, write_own_data
+from runs import ROOT, arguments, start_train_net, train_net, write_own_data
 
 from kmax_d2.checkpoint import newest_checkpoint
 from kmax_d2.engine import Trainer, setup
@@ -226,3 +228,20 @@ def test_torchrun_restarts_a_killed_process_from_the_last_checkpoint(own_data, t
     starts = [int(number) for number in re.findall(r"Starting training from iteration (\d+)", stdout)]
     assert len(starts) == 2 and starts[0] == 0 and starts[1] % 5 == 0 < starts[1]
     assert loaded(tmp_path / "model_final.pth")["iteration"] == 39
+
+
+@pytest.mark.slow
+def test_the_slurm_script_of_the_docs_requeues_a_preempted_run(own_data, tmp_path):
+    (script,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)
+    files = ("--train-data", *own_data["train"], "--test-data", *own_data["val"])
+    options = small.options(OUTPUT_DIR=tmp_path / "out", SOLVER__MAX_ITER=500, SOLVER__CHECKPOINT_PERIOD=1)
+    command = shlex.join([sys.executable, str(ROOT / "train_net.py"), *files, "--resume", *map(str, options)])
+    script = re.sub(r"python train_net\.py .* &", lambda _: f"{command} &", script)
+    (tmp_path / "scontrol").write_text('#!/bin/bash\necho "$@" > "$(dirname "$0")/requeued"\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(["bash", "-c", script], env=environment)
+    wait_for(lambda: list((tmp_path / "out").glob("model_*.pth")), process)
+    process.send_signal(signal.SIGUSR1)
+    process.wait(timeout=120)
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
