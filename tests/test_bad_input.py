@@ -109,7 +109,7 @@ def other_category(content):
     ("change", "message"),
     [
         (pop("categories"), r"panoptic_val\.json is not in COCO panoptic format: it has no categories"),
-        (pop("categories", 2, "isthing"), r"panoptic_val\.json: the category .* has no isthing"),
+        (pop("categories", 2, "isthing"), r"panoptic_val\.json: the category .* has no valid isthing"),
         (other_category, r"a segment of 0001\.png has category 77, which its categories do not define"),
         (None, r"panoptic_val\.json is not valid JSON"),
     ],

@@ -138,7 +138,11 @@ FAULTS = {
         "val/0001.jpg is",
     ),
     "size of the PNG": (smaller_png, {"size mismatch": 1}, "panoptic_val/0001.png is"),
-    "id that the JSON lacks": (strange_pixel, {"id without segment": 1}, "0001.png: 1 pixels of id 77"),
+    "id that the JSON lacks": (
+        strange_pixel,
+        {"id without segment": 1},
+        "0001.png: 1 pixels have ids that its JSON",
+    ),
     "segment that the PNG lacks": (
         in_json(one_more_segment),
         {"segment without pixels": 1},
@@ -162,7 +166,11 @@ FAULTS = {
     "annotation twice": (repeated("annotations"), {"duplicate": 2}, "annotation of image 1 is there 2 times"),
     "category twice": (in_json(repeated_category), {"duplicate": 1}, "category id 2 is there 2 times"),
     "no segment": (in_json(without_segments), {"empty image": 1}, "0001.png has no segment"),
-    "no annotation": (in_json(without_annotation), {"image without annotation": 1}, "val/0001.jpg has no annotation"),
+    "no annotation": (
+        in_json(without_annotation),
+        {"image without annotation": 1},
+        "image 0001.jpg has no annotation",
+    ),
     "no image": (in_json(without_image), {"annotation without image": 1}, "0001.png: no image has the id 1"),
     "image without height": (
         lacking("images", "height"),

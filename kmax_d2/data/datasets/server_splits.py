@@ -10,8 +10,7 @@ from pathlib import Path
 from detectron2.data.datasets.builtin_meta import CITYSCAPES_CATEGORIES, COCO_CATEGORIES
 
 from ...errors import UserError
-from . import catalog
-from .coco_panoptic import metadata_of, require_files
+from .coco_panoptic import metadata_of, register_records, require_files
 
 SUFFIX = "_leftImg8bit.png"  # of Cityscapes' images
 
@@ -53,8 +52,8 @@ def register(root: str) -> None:
     for split in ("test", "test-dev"):
         json_file = os.path.join(root, "coco", "annotations", f"image_info_{split}2017.json")
         load = partial(load_coco, json_file, os.path.join(root, "coco", "test2017"))
-        catalog.register(f"coco_2017_{split}_panoptic", load, server_name=f"{split}2017", **coco)
-    catalog.register(
+        register_records(f"coco_2017_{split}_panoptic", load, server_name=f"{split}2017", **coco)
+    register_records(
         "cityscapes_fine_panoptic_test",
         partial(load_cityscapes, os.path.join(root, "cityscapes", "leftImg8bit", "test")),
         evaluator_type="cityscapes_panoptic_seg",
