@@ -82,6 +82,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(own_data, tmp_path
     assert_same(*(loaded(tmp_path / name / "model_final.pth") for name in ("whole", "resumed")))
 
 
+@pytest.mark.slow
+def test_two_processes_resume_bit_by_bit_too(own_data, tmp_path):
+    changes = {"SOLVER__MAX_ITER": STEPS, "SOLVER__CHECKPOINT_PERIOD": BREAK, "DATALOADER__NUM_WORKERS": 1}
+    for name in ("whole", "resumed"):
+        done = train_net(tmp_path / name, own_data, "--num-gpus", "2", "--resume", **changes)
+        assert done.returncode == 0, done.stderr
+        if name == "whole":
+            (tmp_path / "resumed").mkdir()
+            shutil.copy(tmp_path / "whole" / f"model_{BREAK - 1:07d}.pth", tmp_path / "resumed")
+    assert f"Starting training from iteration {BREAK}" in done.stdout
+    assert_same(*(loaded(tmp_path / name / "model_final.pth") for name in ("whole", "resumed")))
+
+
 def test_workers_do_not_change_the_run(own_data, tmp_path):
     losses = [run(own_data, tmp_path / str(n), DATALOADER__NUM_WORKERS=n, SOLVER__MAX_ITER=3) for n in (0, 2)]
     assert losses[0] == losses[1]
