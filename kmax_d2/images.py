@@ -26,10 +26,13 @@ def _opened(file: str, what: str, gray: bool) -> Iterator[Image.Image]:
             if not gray and image.mode not in ("RGB", "RGBA", "P"):
                 raise UserError(f"the {what} {file} has no colors: its mode is {image.mode}, not RGB")
             yield image
+    except UserError:
+        raise
     except UnidentifiedImageError as error:
         raise UserError(f"cannot read the {what} {file}: it is not an image") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the {what} {file}: {getattr(error, 'strerror', None) or error}") from error
+    except Exception as error:  # Pillow's readers raise almost anything
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UserError(f"cannot read the {what} {file}: {reason}") from error
 
 
 def read_rgb(file: str, what: str = "image", gray: bool = True) -> np.ndarray:

@@ -40,7 +40,10 @@ FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "category": {"id": _is(int), "name": _is(str), "isthing": lambda value: value in (0, 1), "color": _is_color},
     "image": {"id": _is(int, str), "file_name": _is(str), "height": _is(int), "width": _is(int)},
     "annotation": {"image_id": _is(int, str), "file_name": _is(str), "segments_info": _is(list)},
-    "segment": {"id": _is(int), "category_id": _is(int), "iscrowd": lambda value: value in (None, 0, 1)},
+    "segment": {
+        **{"id": _is(int), "category_id": _is(int)},
+        **{"iscrowd": lambda value: value in (None, 0, 1), "area": _is(int, float, type(None))},
+    },
 }
 
 
