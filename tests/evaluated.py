@@ -21,7 +21,7 @@ def truth_of(name, record):
     if name == "ade20k_panoptic_val":
         file = record["pan_seg_file_name"].replace("ade20k_panoptic_val", "annotations/validation")
         classes = annotated_classes(file, -1)
-    return ids, classes, [segment for segment in record["segments_info"] if not segment["iscrowd"]]
+    return ids, classes, [segment for segment in record["segments_info"] if not segment.get("iscrowd")]
 
 
 def output_of(name, record, spoil=False):
