@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog
 from evaluated import evaluate, output_of
+from small import options
 
 from kmax_d2.data.datasets import coco_panoptic, shapes
-from kmax_d2.engine import load_config
+from kmax_d2.engine import Trainer, load_config, ready_config
 from kmax_d2.errors import UserError
 from kmax_d2.evaluation import build_evaluator
 
@@ -21,9 +22,10 @@ def dataset(tmp_path):
     shapes.write_split(tmp_path, "val", 2, 11)
     json_file = tmp_path / "panoptic_val.json"
 
-    def register(content):
+    def register(content, **metadata):
         json_file.write_text(json.dumps(content))
-        coco_panoptic.register(NAME, str(tmp_path / "val"), str(tmp_path / "panoptic_val"), str(json_file))
+        places = (str(tmp_path / name) for name in ("val", "panoptic_val", "panoptic_val.json"))
+        coco_panoptic.register(NAME, *places, **metadata)
 
     content = json.loads(json_file.read_text())
     register(content)
@@ -53,6 +55,15 @@ def test_a_dataset_of_things_alone_without_areas(dataset):
     results = evaluate_truth(folder)
     assert results["PQ"] == results["PQ_th"] == pytest.approx(100)
     assert np.isnan(results["PQ_st"])
+
+
+def test_what_cannot_be_evaluated_is_not_trained_either(dataset, tmp_path):
+    _, content, register = dataset
+    register(content, evaluator_type="lvis")
+    sets = {f"DATASETS__{split}": (NAME,) for split in ("TRAIN", "TEST")}
+    trainer = Trainer(ready_config("", options(**sets, OUTPUT_DIR=str(tmp_path / "output"))))
+    with pytest.raises(UserError, match=f"there is no evaluator for {NAME}, whose evaluator_type is lvis"):
+        trainer.train()
 
 
 def test_two_images_of_one_name_cannot_be_saved(dataset):
