@@ -121,9 +121,8 @@ def test_another_models_labels_are_not_mixed_in(folder, made):
 
 
 def test_model_that_finds_nothing_gives_no_dataset(folder):
-    options = ["MODEL.KMAX.TEST.THING_THRESHOLD", "1.1", "MODEL.KMAX.TEST.STUFF_THRESHOLD", "1.1"]
     with pytest.raises(UserError, match=r"none of the 5 images in .*unlabeled got a label"):
-        run(folder, "nothing", *options)
+        run(folder, "nothing", "MODEL.KMAX.TEST.PIXEL_THRESHOLD", "1.0")
 
 
 def test_processes_share_the_images(folder, made):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils import comm
@@ -18,9 +17,9 @@ from torch import nn
 
 from ..checkpoint import load_weights
 from ..checkpoint.download import download, is_address
-from ..config import add_kmax_config
 from ..data.datasets import coco_panoptic
 from ..errors import UserError, did_you_mean
+from ..options import check, default_config, merge_file, merge_pairs
 from ..speed import inference_model, require_precision
 
 logger = logging.getLogger(__name__)
@@ -54,43 +53,24 @@ def config_file(name: str) -> Path:
     raise UserError(f"no config file {name}{did_you_mean(relative, known)} The project has {', '.join(known)}")
 
 
-def load_config(file: str, options: Sequence = ()) -> CfgNode:
+def load_config(file: str, options: Sequence = (), overrides: Sequence = ()) -> CfgNode:
     """Reads a config as it is written; :func:`ready_config` also prepares it for use.
 
     Args:
         file: a config file or name; an empty string for the defaults.
         options: (name, value, name, value, ...), which take precedence over the file.
+        overrides: the same, which take precedence over both.
 
     Raises:
-        UserError: the file is missing or broken, an option does not exist, or a value has the wrong type.
+        UserError: the file is missing or broken, an option does not exist or is not read, or a value does not fit.
     """
-    cfg = get_cfg()
-    add_kmax_config(cfg)
-    try:
-        if file:
-            cfg.merge_from_file(str(config_file(file)))
-        if len(options) % 2:
-            raise UserError(f"options come in pairs of a name and a value; {options[-1]} is alone")
-        cfg.merge_from_list(list(options))
-    except KeyError as error:
-        name = str(error.args[0]).removeprefix("Non-existent config key:").strip()
-        raise UserError(f"no option {name}{did_you_mean(name, _option_names(cfg))}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
-    except (ValueError, AssertionError) as error:  # as yacs reports wrong values and some wrong names
-        wrong = [name for name in options[::2] if name not in set(_option_names(cfg))]
-        if wrong:
-            raise UserError(f"no option {wrong[0]}{did_you_mean(wrong[0], _option_names(cfg))}") from error
-        raise UserError(f"an option has a value that does not fit: {' '.join(str(error).split())}") from error
+    cfg = default_config()
+    if file:
+        merge_file(cfg, config_file(file))
+    merge_pairs(cfg, options)
+    merge_pairs(cfg, overrides)
+    check(cfg)
     return cfg
-
-
-def _option_names(node: CfgNode, prefix: str = "") -> Iterator[str]:
-    for name, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from _option_names(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name
 
 
 def ready_config(file: str, options: Sequence = (), overrides: Sequence = ()) -> CfgNode:
@@ -104,8 +84,7 @@ def ready_config(file: str, options: Sequence = (), overrides: Sequence = ()) ->
     Raises:
         UserError: the config, an option, or a dataset is wrong.
     """
-    cfg = load_config(file, options)
-    cfg.merge_from_list(list(overrides))
+    cfg = load_config(file, options, overrides)
     prepare_datasets(cfg)
     choose_device(cfg)
     cfg.freeze()
