@@ -90,7 +90,7 @@ _NAMES_BY_RULE = [
     ),
     (
         NATURAL,
-        """DATALOADER.NUM_WORKERS INPUT.MAX_SIZE_TEST INPUT.MIN_SIZE_TEST INPUT.SCALE_STEPS MODEL.KMAX.NUM_CLASSES
+        """DATALOADER.NUM_WORKERS INPUT.SCALE_STEPS MODEL.KMAX.NUM_CLASSES
         MODEL.KMAX.LOSS.SMALL_INSTANCE_AREA MODEL.KMAX.TEST.STUFF_AREA_LIMIT MODEL.KMAX.TEST.THING_AREA_LIMIT
         MODEL.KMAX.TRANSFORMER_DECODER.TRAINING_QUERIES SOLVER.KEEP_CHECKPOINTS SOLVER.REFERENCE_WORLD_SIZE
         SOLVER.WARMUP_ITERS TEST.EVAL_PERIOD""",
@@ -126,7 +126,7 @@ _NAMES_BY_RULE = [
     (number(0, 0.999999999), "SOLVER.EMA.DECAY"),
     (number(1 / 3, 1), "MODEL.KMAX.TEST.PIXEL_THRESHOLD"),
     (Rule(lambda value: value == 2, "2"), "VERSION"),
-    (number(-1, 2**31 - 1, whole=True), "SEED"),
+    (number(-1, 2**31 - 1, whole=True), "INPUT.MAX_SIZE_TEST INPUT.MIN_SIZE_TEST SEED"),
     (
         each(COUNT),
         """MODEL.KMAX.CONVNEXT.DEPTHS MODEL.KMAX.CONVNEXT.WIDTHS MODEL.KMAX.MAXS.BLOCKS MODEL.KMAX.MAXS.STEM_WIDTHS
@@ -290,3 +290,17 @@ def _has_foreign_parts(cfg: CfgNode) -> bool:
     """Returns whether model or backbone are from elsewhere, and may read any option of the model."""
     parts = ((META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE), (BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME))
     return any(not registry.get(name).__module__.startswith("kmax_d2.") for registry, name in parts if name in registry)
+
+
+def set_test_size(cfg: CfgNode) -> None:
+    """Sets the sizes with which Detectron2's DefaultPredictor resizes as the test mapper does, in place.
+
+    They fit a crop of two different sides only to images of the same orientation. Raises UserError for other sizes.
+    """
+    sizes = sorted(cfg.INPUT.CROP_SIZE) if cfg.INPUT.FIT_CROP else (0, 0)
+    for name, size in zip(("MIN_SIZE_TEST", "MAX_SIZE_TEST"), sizes, strict=True):
+        if cfg.INPUT[name] not in (-1, size):
+            raise UserError(
+                f"INPUT.{name} follows from INPUT.CROP_SIZE and FIT_CROP: leave it out, or set it to {size}"
+            )
+        cfg.INPUT[name] = size

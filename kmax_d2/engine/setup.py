@@ -19,7 +19,7 @@ from ..checkpoint import load_weights
 from ..checkpoint.download import download, is_address
 from ..data.datasets import coco_panoptic
 from ..errors import UserError, did_you_mean
-from ..options import check, default_config, merge_file, merge_pairs
+from ..options import check, default_config, merge_file, merge_pairs, set_test_size
 from ..speed import inference_model, require_precision
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ def load_config(file: str, options: Sequence = (), overrides: Sequence = ()) -> 
     merge_pairs(cfg, options)
     merge_pairs(cfg, overrides)
     check(cfg)
+    set_test_size(cfg)
     return cfg
 
 
