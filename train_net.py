@@ -4,18 +4,24 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from kmax_d2.checkpoint import KMaXCheckpointer
+from kmax_d2.checkpoint import KMaXCheckpointer, newest_checkpoint
 from kmax_d2.command_line import run_program
 from kmax_d2.engine import Trainer, launch, setup
 from kmax_d2.errors import UserError
+from kmax_d2.files import lock_folder
 from kmax_d2.speed import inference_model
+
+LONG = 40  # lines
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -38,32 +44,64 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             metavar="DIR",
             help="write the predictions of an evaluation to this folder, in the formats of the benchmark servers",
         )
+    parser.set_defaults(dist_url=None)
     # Detectron2's parser takes everything after the first config option for options; ours may follow them.
     args, rest = ours.parse_known_args(argv)
     args = parser.parse_args(rest, args)
+    if args.dist_url is None and args.num_machines > 1:
+        raise UserError("--num-machines needs --dist-url, such as tcp://ADDRESS-OF-MACHINE-0:29500")
+    args.dist_url = args.dist_url or "auto"  # a free port, so that several runs do not meet at one
     if args.save_predictions:
         args.opts = ["MODEL.KMAX.TEST.SAVE_PREDICTIONS", args.save_predictions, *args.opts]
     return args
 
 
-def run(args: argparse.Namespace) -> dict:
-    """Trains, or evaluates with `--eval-only`, in one process. Returns the last results by task."""
+def run(args: argparse.Namespace) -> None:
+    """Trains, or evaluates with `--eval-only`, in one process."""
     setup_logger(distributed_rank=comm.get_rank(), name="kmax_d2")
     cfg = setup(args)
+    claim_output(cfg, args)
+    long_messages_to_file(cfg.OUTPUT_DIR)
     default_setup(cfg, args)
+    if not args.eval_only:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        trainer.train()
+        return
+    model = Trainer.build_model(cfg)
+    checkpointer = KMaXCheckpointer(model, save_dir=cfg.OUTPUT_DIR, complete=True)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    results = Trainer.test(cfg, inference_model(model, cfg))
+    if comm.is_main_process():
+        verify_results(cfg, results)
+
+
+def claim_output(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Raises UserError where the run would overwrite another one, or `--resume` finds nothing to evaluate."""
+    has_checkpoint = newest_checkpoint(cfg.OUTPUT_DIR) != ""
     if args.eval_only:
-        if not cfg.MODEL.WEIGHTS and not args.resume:
+        if args.resume and not has_checkpoint:
+            raise UserError(f"--eval-only --resume evaluates the last checkpoint, but {cfg.OUTPUT_DIR} has none")
+        if not args.resume and not cfg.MODEL.WEIGHTS:
             raise UserError("--eval-only needs MODEL.WEIGHTS, a checkpoint to evaluate")
-        model = Trainer.build_model(cfg)
-        checkpointer = KMaXCheckpointer(model, save_dir=cfg.OUTPUT_DIR, complete=True)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        results = Trainer.test(cfg, inference_model(model, cfg))
-        if comm.is_main_process():
-            verify_results(cfg, results)
-        return results
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
+    elif has_checkpoint and not args.resume:
+        raise UserError(
+            f"{cfg.OUTPUT_DIR} has checkpoints of an earlier run: continue it with --resume, or set another OUTPUT_DIR"
+        )
+    elif comm.is_main_process():
+        lock_folder(Path(cfg.OUTPUT_DIR))
+
+
+def long_messages_to_file(folder: str) -> None:
+    """Keeps the long messages, such as the config and the model, off the terminal. They are in log.txt."""
+    rank = comm.get_rank()  # these are the calls of default_setup, which then adds no handlers of its own
+    for logger in (
+        setup_logger(folder, distributed_rank=rank, name="fvcore"),
+        setup_logger(folder, distributed_rank=rank),
+    ):
+        for handler in logger.handlers:
+            if getattr(handler, "stream", None) is sys.stdout:
+                handler.addFilter(lambda record: record.getMessage().count("\n") < LONG)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

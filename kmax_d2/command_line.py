@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 
-from .errors import exit_on_user_error
+from .errors import report_errors
 
 
 class ConfigParser(argparse.ArgumentParser):
@@ -40,14 +40,17 @@ class ConfigParser(argparse.ArgumentParser):
             self.add_argument(self._options, nargs="*", default=[], metavar="NAME VALUE", help=text)
             self._options = None
         args = self.parse_intermixed_args(argv)
+        if argv is None:
+            report_errors()
         if getattr(args, "weights", None):
             args.opts = ["MODEL.WEIGHTS", args.weights, *args.opts]
         return args
 
 
 def run_program(main: Callable[[], object]) -> None:
-    """Runs a program's main function with freed memory kept; a UserError ends it with one line and status 1."""
+    """Runs a program's main function with freed memory kept; errors of the user's are one line."""
+    report_errors()
     from .speed import keep_freed_memory  # imports PyTorch
 
     keep_freed_memory()
-    exit_on_user_error(main)
+    main()

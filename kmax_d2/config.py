@@ -35,6 +35,7 @@ def add_kmax_config(cfg: CfgNode) -> None:
     cfg.SOLVER.POLY_POWER = 0.9  # the learning rate falls as (1 - iteration / MAX_ITER) ** POLY_POWER
     cfg.SOLVER.WARMUP_ITERS = 5000  # iterations in which the learning rate rises linearly from 0
     cfg.SOLVER.AMP.PRECISION = "bfloat16"  # or "float16"; used only if SOLVER.AMP.ENABLED
+    cfg.SOLVER.KEEP_CHECKPOINTS = 0  # the number of regular checkpoints to keep, the newest; 0 keeps all
     cfg.SOLVER.EMA = CfgNode()
     cfg.SOLVER.EMA.ENABLED = False  # average the weights over training, then evaluate and save both kinds
     cfg.SOLVER.EMA.DECAY = 0.9998  # fraction of the average that one step keeps, from 0 to below 1

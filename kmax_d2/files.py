@@ -1,4 +1,4 @@
-"""Writes files that are complete or absent, never cut short, and never over those of the user."""
+"""Writes files that are complete or absent and never over those of the user, and locks the folder of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def whole_file(file: Path) -> Iterator[Path]:
     """Gives a temporary path to write to, and renames it to `file` once the block ends without an error.
 
     The temporary file is in the same folder, which is created if need be, and has the same suffix. Its content is on
-    the disk before the renaming. After an error it is gone, and an earlier `file` is as it was.
+    the disk before the renaming, and the new name afterwards. After an error it is gone, and an earlier `file` is as
+    it was.
 
     Raises:
         UserError: the file cannot be written.
@@ -35,6 +36,10 @@ def whole_file(file: Path) -> Iterator[Path]:
         with open(unfinished, "rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(unfinished, file)
+        with contextlib.suppress(OSError):  # Windows cannot open a folder
+            folder = os.open(file.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror or error}") from error
     finally:
@@ -55,6 +60,25 @@ def make_folder(folder: Path) -> Path:
     except OSError as error:
         raise UserError(f"cannot create the folder {folder}: {error.strerror}") from error
     return folder
+
+
+def lock_folder(folder: Path) -> None:
+    """Claims a folder for this process until it ends, and removes what an earlier process left unfinished in it.
+
+    Raises UserError while another process holds the folder. Without file locks (Windows), nothing is claimed.
+    """
+    make_folder(folder)
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # stays open: the kernel unlocks it at exit
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise UserError(f"another run writes to {folder}: wait for it, or set another OUTPUT_DIR") from None
+    for unfinished in folder.glob(".*.part*"):
+        unfinished.unlink()
 
 
 def write_png(file: Path, image: np.ndarray, **texts: str) -> None:

@@ -1,4 +1,4 @@
-"""Finding image files."""
+"""Finds and reads image files."""
 
 from __future__ import annotations
 
@@ -7,9 +7,38 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from .errors import UserError
+
+
+def read_rgb(file: str, what: str = "image") -> np.ndarray:
+    """Reads an image file whole: RGB (H, W, 3), uint8, upright by its EXIF orientation.
+
+    Raises UserError with its name and `what` it is, if it is damaged, not an image, or has more than 8 bits a channel.
+    """
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise UserError(f"cannot read the {what} {file}: it is not a file")
+    try:
+        with Image.open(file) as image:
+            if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip the values at 255
+                raise UserError(f"the {what} {file} has more than 8 bits per channel; convert it to 8 bits first")
+            if image.format == "PNG":
+                image.verify()  # the checksums, which loading passes over; the image must then be opened again
+        with Image.open(file) as image:
+            image.load()  # before anything that would hide an error
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except UnidentifiedImageError as error:
+        raise UserError(f"cannot read the {what} {file}: it is not an image") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the {what} {file}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def oriented_size(image: Image.Image) -> tuple[int, int]:
+    """Returns (width, height) of an open image once it is turned upright by its EXIF orientation."""
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return (image.height, image.width) if turned else image.size
 
 
 def images_in(folder: Path) -> list[Path]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import signal
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -34,4 +36,9 @@ def parallel_map(
     bar: dict[str, Any] = {"desc": description, "total": len(items), "mininterval": 0.5, "dynamic_ncols": True}
     if workers <= 1:
         return list(tqdm(map(function, items), **bar))
-    return process_map(function, items, max_workers=workers, chunksize=1, **bar)
+    return process_map(functools.partial(_call, function), items, max_workers=workers, chunksize=1, **bar)
+
+
+def _call(function: Callable[[Item], Result], item: Item) -> Result:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, and so its workers
+    return function(item)

@@ -23,13 +23,22 @@ def write_own_data(folder):
     }
 
 
-def train_net(output, own_data, *arguments, **changes):
-    """Runs train_net.py on own data and returns the finished process; changes are options, as for `options`."""
-    command = [sys.executable, str(ROOT / "train_net.py"), "--train-data", *own_data["train"]]
-    command += ["--test-data", *own_data["val"], *arguments]
-    command += [str(part) for part in options(OUTPUT_DIR=output, **changes)]
+def start_train_net(output, own_data, *arguments, torchrun=0, **changes):
+    """Starts train_net.py on own data, in as many processes of torchrun as given; changes are as for `options`."""
+    command = [sys.executable]
+    if torchrun:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun)]
+    command += [str(ROOT / "train_net.py"), "--train-data", *own_data["train"], "--test-data", *own_data["val"]]
+    command += [*arguments, *(str(part) for part in options(OUTPUT_DIR=output, **changes))]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def train_net(output, own_data, *arguments, **changes):
+    """Runs :func:`start_train_net` to its end and returns the finished process."""
+    process = start_train_net(output, own_data, *arguments, **changes)
+    stdout, stderr = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def arguments(own_data, **changes):

@@ -73,15 +73,6 @@ def test_stride_drops_positions_of_the_axis_afterwards(axis, kept, training):
     torch.testing.assert_close(dict(strided.named_buffers()), dict(plain.named_buffers()), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_width_is_height_of_the_transposed_map(training):
-    height = randomize_norms(AxialAttention1D(12, 16, "height", norm="BN")).train(training)
-    width = AxialAttention1D(12, 16, "width", norm="BN").train(training)
-    width.load_state_dict(height.state_dict())
-    x = torch.randn(2, 12, 6, 9)
-    torch.testing.assert_close(width(x), height(x.transpose(2, 3)).transpose(2, 3), rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("axis", ["height", "width"])
 @pytest.mark.parametrize("length", [1, 2, 254, 255])
 @torch.no_grad()

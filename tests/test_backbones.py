@@ -1,5 +1,7 @@
 """The pixel encoders: sizes, drop path, initial values and names. Their values are compared in test_forward.py."""
 
+import functools
+
 import pytest
 import reference
 import timm
@@ -11,7 +13,7 @@ from torch import nn
 from kmax_d2.engine import load_config
 from kmax_d2.errors import UserError
 from kmax_d2.modeling.axial_attention import AxialBlock
-from kmax_d2.modeling.backbones import KMaXConvNeXt, KMaXMaXS
+from kmax_d2.modeling.backbones import KMaXConvNeXt, KMaXMaXS, KMaXResNet
 from kmax_d2.modeling.residual import Bottleneck
 
 
@@ -25,6 +27,13 @@ def small_convnext(**options):
     return KMaXConvNeXt(**{"depths": (1, 2, 1, 1), "widths": (8, 16, 24, 32)} | options)
 
 
+def small_resnet(**options):
+    return KMaXResNet(**{"blocks": (1, 1, 1, 1), "widths": (4, 4, 8, 8), "stem_width": 4, "norm": "BN"} | options)
+
+
+standard_resnet = functools.partial(small_resnet, standard=True)
+
+
 def all_gains_matter(model):
     """Replaces gains of 0 and tiny layer scales, which would hide the layers before them."""
     for name, value in model.named_parameters():
@@ -34,9 +43,11 @@ def all_gains_matter(model):
 
 
 @pytest.mark.parametrize("size", [(33, 33), (65, 65), (97, 129), (161, 65)])
-@pytest.mark.parametrize("build", [small_max_s, small_convnext])
+@pytest.mark.parametrize(
+    ("build", "finest"), [(small_max_s, 2), (small_convnext, 4), (small_resnet, 2), (standard_resnet, 4)]
+)
 @torch.no_grad()
-def test_sides_of_32k_plus_1(build, size):
+def test_sides_of_32k_plus_1(build, finest, size):
     """Every map has a position at the first pixel, at the last, and every stride between."""
     model = build().eval()
     maps = model(torch.randn(1, 3, *size))
@@ -45,7 +56,9 @@ def test_sides_of_32k_plus_1(build, size):
     for name, shape in model.output_shape().items():
         assert maps[name].shape == (1, shape.channels, *((side - 1) // shape.stride + 1 for side in size))
     strides = [shape.stride for shape in model.output_shape().values()]
-    assert strides == ([2, 4, 8, 16, 32] if build is small_max_s else [4, 4, 8, 16, 32])
+    assert strides == [finest, 4, 8, 16, 32]
+    # Only the standard form activates its maps.
+    assert all((x.min() < 0) is not (build is standard_resnet) for x in maps.values())
 
 
 @pytest.mark.parametrize("build", [small_max_s, small_convnext])

@@ -168,7 +168,7 @@ def test_weights_to_start_from_that_cannot_be_had(tmp_path, data, monkeypatch):
     with pytest.raises(UserError, match=r"cannot download .*imagenet\.tar\.gz .* train from scratch"):
         trainer.resume_or_load(resume=False)
     (tmp_path / "out" / "last_checkpoint").write_text("model_final.pth")  # now it is that file that is missing
-    with pytest.raises(UserError, match=r"no checkpoint .*model_final\.pth$"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be read, neither model_final\.pth"):
         trainer.resume_or_load(resume=True)
 
 
@@ -205,7 +205,7 @@ def test_command_line_prints_one_line_and_leaves_with_a_status():
 
 def test_a_broken_image_in_training_is_one_line_too(data, tmp_path):
     for file in Path(data[0]).iterdir():
-        file.write_bytes(file.read_bytes()[:300])
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     opts = options(OUTPUT_DIR=tmp_path, SOLVER__MAX_ITER=2, DATALOADER__NUM_WORKERS=1)
     done = programs.run(programs.TRAIN_NET, "--train-data", *data, "--test-data", *data, *opts)
     assert_one_line(done, "cannot read the image")

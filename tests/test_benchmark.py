@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kmax_d2.errors import UserError
+from kmax_d2.modeling.axial_attention import AxialAttention1D
 from kmax_d2.modeling.merging import MaskWiseMerging
 from kmax_d2.tools import benchmark
 from kmax_d2.tools.made_up import MadeUpMerging, made_up_prediction
@@ -49,16 +50,30 @@ def test_stages_repeat_what_the_model_computes():
     hook = torch.nn.modules.module.register_module_forward_hook(lambda module, _, out: seen.append((module, out)))
     try:
         task = benchmark.build_task(args, stages=True)
-        first, seen[:] = [pair for pair in seen if type(pair[0]).__name__ == "AxialAttention1D"], []
+        first, seen[:] = [pair for pair in seen if isinstance(pair[0], AxialAttention1D)], []
         task[AXIAL]()
     finally:
         hook.remove()
-    again = [pair for pair in seen if type(pair[0]).__name__ == "AxialAttention1D"]
+    again = [pair for pair in seen if isinstance(pair[0], AxialAttention1D)]
     assert len(again) == len(first) > 0
     for (module, out), (same, expected) in zip(again, first, strict=True):
         assert module is same
         assert out.dtype == torch.bfloat16
         assert torch.equal(out, expected)
+
+
+def test_training_takes_checkpointing_from_the_config(monkeypatch):
+    """Then each block computes its activations a second time in the backward pass."""
+    monkeypatch.setattr("kmax_d2.speed.checkpoint.SMALLEST", 0)
+    passes = []
+    for words in ([], ["MODEL.KMAX.CHECKPOINT_BLOCKS", "True"]):
+        args = benchmark.PARSER.parse(["training", *LINE, *words])
+        task, seen = benchmark.build_task(args, stages=False), []
+        hook = torch.nn.modules.module.register_module_forward_hook(lambda module, *_, to=seen: to.append(type(module)))
+        task["total"]()
+        hook.remove()
+        passes.append(seen.count(AxialAttention1D))
+    assert passes[1] == 2 * passes[0] > 0
 
 
 def test_made_up_prediction_is_a_dozen_confident_masks():

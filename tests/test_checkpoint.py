@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 from saved_tensors import kept_bytes
+from scenes import picture, sample
 from small import build, randomize_norms
 from torch import nn
 
@@ -47,15 +48,7 @@ def small_model(**changes):
 def training_step(model):
     """Losses, gradients, buffers and the next random number of a step, the same random numbers drawn every time."""
     torch.manual_seed(5)
-    inputs = [
-        {
-            "image": torch.randint(0, 256, (3, 65, 97), dtype=torch.uint8),
-            "segment_ids": torch.arange(65)[:, None] // 22 * 2 + torch.arange(97) // 60,
-            "segment_classes": torch.arange(6),
-        }
-        for _ in range(2)
-    ]
-    losses = model(inputs)
+    losses = model([sample(65, 97, seed) for seed in range(2)])
     sum(losses.values()).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return losses, gradients, dict(model.named_buffers()), {"random": torch.rand(1)}
@@ -112,24 +105,18 @@ def test_small_maps_are_kept():
 
 
 def test_less_memory_is_kept(every_size):
-    inputs = [
-        {
-            "image": torch.randint(0, 256, (3, 129, 129), dtype=torch.uint8),
-            "segment_ids": torch.zeros(129, 129, dtype=torch.int64),
-            "segment_classes": torch.tensor([1]),
-        }
-    ]
     plain = small_model(MODEL__KMAX__RESNET__BLOCKS=[3, 3, 3, 3])
     checkpointed = checkpoint_blocks(small_model(MODEL__KMAX__RESNET__BLOCKS=[3, 3, 3, 3]))
-    kept, expected = (kept_bytes(lambda model=model: list(model(inputs).values())) for model in (checkpointed, plain))
+    kept, expected = (
+        kept_bytes(lambda model=model: list(model([sample(129, 129)]).values())) for model in (checkpointed, plain)
+    )
     assert kept < 0.5 * expected
 
 
 def test_inference_is_unchanged(every_size):
     plain = small_model().eval()
     checkpointed = checkpoint_blocks(small_model().eval())
-    image = torch.randint(0, 256, (1, 3, 65, 97), dtype=torch.uint8)
-    ours, expected = (model.predict(image) for model in (checkpointed, plain))
+    ours, expected = (model.predict(picture(65, 97)[None]) for model in (checkpointed, plain))
     for name, value in expected.items():
         assert torch.equal(ours[name], value), name
     assert ours.keys() == expected.keys()

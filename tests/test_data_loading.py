@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.env import seed_all_rng
 from small import options
 
-from kmax_d2.data import MAPPER_REGISTRY, PanopticTrainMapper
+from kmax_d2.data import MAPPER_REGISTRY, PanopticTrainMapper, skip_samples
 from kmax_d2.data.datasets import coco_panoptic, shapes
 from kmax_d2.engine import Trainer, load_config, setup
 from kmax_d2.errors import UserError
@@ -85,43 +85,14 @@ def test_workers_differ(one_image):
         assert not same([one], [other])
 
 
-def resumed(cfg, iterations):
-    """A trainer that resumes after a number of iterations."""
-    seed_all_rng(cfg.SEED)
-    before = Trainer(cfg)
-    before.iter = iterations - 1
-    before.checkpointer.save("stopped", iteration=before.iter)
-    seed_all_rng(cfg.SEED)
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=True)
-    assert trainer.start_iter == iterations
-    return trainer
-
-
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_run_continues_the_order_of_the_images(data, tmp_path, workers):
-    cfg = config(data, DATALOADER__NUM_WORKERS=workers, OUTPUT_DIR=str(tmp_path / "out"))
-    seed_all_rng(cfg.SEED)
-    whole = names(batches(Trainer(cfg)._trainer.data_loader, 6))
-    rest = names(batches(resumed(cfg, 3)._trainer.data_loader, 3))
-    assert rest == whole[6:]
-    assert rest != whole[:6]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_run_does_not_repeat_its_randomness(one_image, tmp_path, workers):
-    changes = {"DATALOADER__NUM_WORKERS": workers, "OUTPUT_DIR": str(tmp_path / "out"), "MODEL__KMAX__NUM_CLASSES": 9}
-    cfg = load_config("", options(DATASETS__TRAIN=(one_image,), MODEL__KMAX__NORM="BN", **changes))
-    seed_all_rng(cfg.SEED)
-    before = batches(Trainer(cfg)._trainer.data_loader, 4)
-    for after in batches(resumed(cfg, 2)._trainer.data_loader, 4):
-        assert not any(same([after], [batch]) for batch in before)
-
-
-def test_resumed_runs_are_reproducible(data, tmp_path):
-    cfg = config(data, DATALOADER__NUM_WORKERS=2, OUTPUT_DIR=str(tmp_path / "out"))
-    first, again = (batches(resumed(cfg, 3)._trainer.data_loader, 2) for _ in range(2))
-    assert same(first, again)
+def test_a_loader_can_start_at_any_sample_of_the_run(data, workers):
+    cfg = config(data, DATALOADER__NUM_WORKERS=workers)
+    whole = batches(loader_of(cfg), 6)
+    loader = loader_of(cfg)
+    skip_samples(loader, 6)
+    assert same(batches(loader, 3), whole[3:])
+    assert not same(whole[:3], whole[3:])
 
 
 def test_annotations_are_read_once_for_images_paste_sources_and_all_workers(data, tmp_path):

@@ -5,12 +5,10 @@ import copy
 import pytest
 import reference
 import torch
-from detectron2.modeling import build_model
-from small import options, randomize_norms
+from scenes import build_model, picture
 from test_forward import MODELS, TOLERANCE, compute, error_of, official_model, stages, thinning
 from torch import nn
 
-from kmax_d2.engine import load_config
 from kmax_d2.speed import fold_batch_norms
 
 
@@ -25,13 +23,11 @@ def test_every_stage(tag, request):
 
 @pytest.fixture
 def small_model():
-    model = build_model(load_config("", options(MODEL__KMAX__NUM_CLASSES=5)))
-    return randomize_norms(model).eval()
+    return build_model().eval()
 
 
 def predict(model):
-    image = torch.arange(3 * 65 * 97).view(1, 3, 65, 97) % 251
-    return model.predict(image, auxiliary=True)
+    return model.predict(picture(65, 97)[None], auxiliary=True)
 
 
 def assert_equal(ours, theirs):
@@ -43,8 +39,7 @@ def assert_equal(ours, theirs):
 @pytest.mark.parametrize("standard", [False, True])
 @pytest.mark.parametrize("norm", ["BN", "naiveSyncBN", "SyncBN", "FrozenBN"])
 def test_every_norm_and_form(norm, standard):
-    choice = {"MODEL__KMAX__NUM_CLASSES": 5, "MODEL__KMAX__NORM": norm, "MODEL__KMAX__RESNET__STANDARD": standard}
-    model = randomize_norms(build_model(load_config("", options(**choice)))).eval()
+    model = build_model(MODEL__KMAX__NORM=norm, MODEL__KMAX__RESNET__STANDARD=standard).eval()
     assert_equal(predict(fold_batch_norms(model)), predict(model))
 
 

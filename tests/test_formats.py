@@ -8,6 +8,7 @@ import pickle
 import resource
 import tarfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import published
@@ -102,6 +103,27 @@ def test_port(tmp_path):
     assert_loaded(model, published.weights(source))
     with pytest.raises(UserError, match=r"PIXEL_DECODER\.DILATION 1, MODEL\.KMAX\.RESNET\.STANDARD True"):
         load_weights(published.build(), str(tmp_path / "port.pth"))
+
+
+def test_an_archive_that_unpacks_to_far_more_than_its_size_is_not_read(tmp_path, source):
+    with tarfile.open(tmp_path / "bomb.tar.gz", "w:gz") as tar:
+        member = tarfile.TarInfo("ckpt-1.data-00000-of-00001")
+        member.size = 10**7
+        tar.addfile(member, io.BytesIO(bytes(member.size)))
+    with pytest.raises(UserError, match="it unpacks to over 50 times its size"):
+        read_checkpoint(str(tmp_path / "bomb.tar.gz"), source)
+
+
+@pytest.mark.parametrize("name", ["evil.pkl", "evil.pth", "evil.safetensors"])
+def test_no_file_runs_code(tmp_path, source, name):
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    (tmp_path / name).write_bytes(pickle.dumps({"model": {"a": Evil()}}))
+    with pytest.raises(UserError, match=name):
+        read_checkpoint(str(tmp_path / name), source)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("name", ["zip.pth", "zip.pkl", "legacy.pth", "arrays.pkl", "arrays.pth", "flat.safetensors"])

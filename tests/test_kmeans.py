@@ -55,13 +55,6 @@ def test_gradient_passes_a_norm(batch, training):
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4)
 
 
-def test_update_is_a_sum_and_not_a_mean():
-    assignment = torch.zeros(1, 2, 5, dtype=torch.int64)
-    assignment[0, 0, 0] = 2
-    update = kmeans_update(assignment, torch.full((1, 3, 2, 5), 0.5), 4)
-    assert update[0, :, 0].tolist() == [4.5, 0.0, 0.5, 0.0]
-
-
 def test_cluster_without_pixels_gets_zero():
     mask_logits = torch.randn(2, 5, 4, 4)
     mask_logits[0, 3] -= 100

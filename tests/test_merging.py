@@ -287,7 +287,8 @@ def test_nothing_waits_for_a_gpu_but_the_one_transfer():
             mask_logits.nonzero()
         assert merging._mask_score(mask_logits).shape == (6,)
         top_two = top_two_queries(mask_logits, (33, 41), (1.0, 1.0))
-        masks, area, overlap = merging._masks(top_two, 6)
+        masks = top_two.query
+        area, overlap = merging._counts(masks, 6)
         assert area.shape == (6,) and overlap.shape == (6, 6)
         maps = merging._paint(masks, torch.zeros(3, 7, dtype=torch.int64, device="cuda"))
         for found in (*top_two, masks, area, overlap, *maps):

@@ -71,47 +71,6 @@ def test_one_hot_classes_are_computed_when_read(decisive):
         result["proposals"]
 
 
-@pytest.mark.parametrize("size", [(65, 65), (50, 41)])
-@torch.no_grad()
-def test_semantic_class_is_that_of_the_query_with_the_largest_logit(decisive, size):
-    image = torch.full((3, 65, 65), 127.5)  # the value that padding has after scaling
-    image[:, : size[0], : size[1]] = picture(*size)
-    (result,) = decisive([{"image": picture(*size)}])
-    raw = decisive.predict(image[None])
-    logits = F.interpolate(raw["mask_logits"], (65, 65), mode="bilinear", align_corners=True)[0]
-    two = logits.topk(2, dim=0).values
-    clear = (two[0] - two[1] > 1e-3)[: size[0], : size[1]]
-    assert clear.float().mean() > 0.9
-    expected = raw["class_logits"][0, :, :-1].argmax(1)[logits.argmax(0)][: size[0], : size[1]]
-    assert result["semantic"].shape == size
-    assert len(expected.unique()) >= 2
-    assert torch.equal(result["semantic"][clear], expected[clear])
-
-
-@torch.no_grad()
-def test_instances_are_the_masks_of_thing_queries():
-    model = build_decisive(MODEL__KMAX__TEST__INSTANCE="query")
-    image = picture(65, 65)
-    (result,) = model([{"image": image}])
-    raw = model.predict(image[None])
-    confidence, category = raw["class_logits"][0].softmax(1)[:, :-1].max(1)
-    small = raw["mask_logits"][0].softmax(0)
-    full = F.interpolate(raw["mask_logits"], (65, 65), mode="bilinear", align_corners=True)[0].softmax(0)
-    expected = []
-    for query in range(QUERIES):
-        inside = small[query] > 0.4
-        if category[query].item() in THINGS and inside.any():
-            expected.append((confidence[query].item() * small[query][inside].mean().item(), query))
-    expected.sort(reverse=True)
-    assert len(expected) >= 2
-    instances = result["instances"]
-    assert instances.scores.tolist() == pytest.approx([score for score, _ in expected], rel=1e-4)
-    assert instances.pred_classes.tolist() == [category[query].item() for _, query in expected]
-    for mask, (_, query) in zip(instances.pred_masks, expected, strict=True):
-        differs = mask != (full[query] > 0.4)
-        assert not differs[(full[query] - 0.4).abs() > 1e-4].any()
-
-
 @pytest.mark.parametrize("size", [(65, 65), (50, 71)])
 @torch.no_grad()
 def test_boxes_bound_their_masks_tightly(decisive, size):

@@ -29,42 +29,21 @@ class Counting:
         return super().forward(*args, **kwargs)
 
 
-@META_ARCH_REGISTRY.register()
-class CountingKMaXDeepLab(Counting, KMaXDeepLab):
-    pass
+DECODER = "MODEL__KMAX__TRANSFORMER_DECODER__NAME"
+PARTS = [
+    (META_ARCH_REGISTRY, KMaXDeepLab, "MODEL__META_ARCHITECTURE", ""),
+    (BACKBONE_REGISTRY, KMaXResNet, "MODEL__BACKBONE__NAME", "backbone"),
+    (PIXEL_DECODER_REGISTRY, KMaXPixelDecoder, "MODEL__KMAX__PIXEL_DECODER__NAME", "pixel_decoder"),
+    (TRANSFORMER_DECODER_REGISTRY, KMaXTransformerDecoder, DECODER, "transformer_decoder"),
+    (SEMANTIC_HEAD_REGISTRY, ASPPSemanticHead, "MODEL__KMAX__SEMANTIC_HEAD__NAME", "semantic_head"),
+]
+for registry, kind, _, _ in PARTS:
+    registry.register(type(f"Counting{kind.__name__}", (Counting, kind), {}))
 
 
-@BACKBONE_REGISTRY.register()
-class CountingKMaXResNet(Counting, KMaXResNet):
-    pass
-
-
-@PIXEL_DECODER_REGISTRY.register()
-class CountingKMaXPixelDecoder(Counting, KMaXPixelDecoder):
-    pass
-
-
-@TRANSFORMER_DECODER_REGISTRY.register()
-class CountingKMaXTransformerDecoder(Counting, KMaXTransformerDecoder):
-    pass
-
-
-@SEMANTIC_HEAD_REGISTRY.register()
-class CountingSemanticHead(Counting, ASPPSemanticHead):
-    pass
-
-
-@pytest.mark.parametrize(
-    ("option", "name", "part"),
-    [
-        ("MODEL__META_ARCHITECTURE", "CountingKMaXDeepLab", ""),
-        ("MODEL__BACKBONE__NAME", "CountingKMaXResNet", "backbone"),
-        ("MODEL__KMAX__PIXEL_DECODER__NAME", "CountingKMaXPixelDecoder", "pixel_decoder"),
-        ("MODEL__KMAX__TRANSFORMER_DECODER__NAME", "CountingKMaXTransformerDecoder", "transformer_decoder"),
-        ("MODEL__KMAX__SEMANTIC_HEAD__NAME", "CountingSemanticHead", "semantic_head"),
-    ],
-)
-def test_parts_are_replaced_by_name(option, name, part):
+@pytest.mark.parametrize(("_", "kind", "option", "part"), PARTS)
+def test_parts_are_replaced_by_name(_, kind, option, part):
+    name = f"Counting{kind.__name__}"
     model = build_model(**{option: name})
     module = model.get_submodule(part)
     assert type(module).__name__ == name

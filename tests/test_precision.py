@@ -4,9 +4,10 @@ from pathlib import Path
 
 import programs
 import pytest
+import scenes
 import torch
 from detectron2.modeling import build_model
-from small import options, randomize_norms
+from small import options
 from torch import nn
 
 import kmax_d2
@@ -17,8 +18,6 @@ from kmax_d2.speed import fold_batch_norms, use_precision
 from kmax_d2.tools import pseudo_label
 
 WEIGHTS = str(Path(kmax_d2.__file__).parent / "assets" / "quickstart.pth")
-
-
 BACKENDS = (torch.backends.cuda.matmul, torch.backends.cudnn)
 
 
@@ -57,22 +56,19 @@ def test_switches_are_set_inside_and_as_before_afterwards(precision, inside, all
 
 @pytest.fixture(scope="module")
 def small_model():
-    torch.manual_seed(0)
-    model = build_model(load_config("", options(MODEL__KMAX__NUM_CLASSES=5)))
-    return fold_batch_norms(randomize_norms(model).eval())
+    return fold_batch_norms(scenes.build_model(seed=0))
 
 
 def predicted(model, precision):
-    image = torch.arange(3 * 65 * 97).view(1, 3, 65, 97) % 251
     with use_precision(precision, "cpu"):
-        return model.predict(image)
+        return model.predict(scenes.picture(65, 97)[None])
 
 
 def test_bfloat16_is_near_float32(small_model):
     exact, near = predicted(small_model, "float32"), predicted(small_model, "bfloat16")
     for name, values in exact.items():
         assert near[name].dtype == torch.float32
-        error = (near[name] - values).abs().max() / values.abs().max()
+        error = (near[name] - values).norm() / values.norm()
         assert 0 < error < 0.15, name
     for name, values in predicted(small_model, "tf32").items():  # which a CPU does not know
         assert torch.equal(values, exact[name])
@@ -117,14 +113,12 @@ def test_evaluation_reads_the_option(own_data, tmp_path):
 MISSPELT = ["MODEL.KMAX.TEST.PRECISION", "bf16"]
 
 
-def test_misspelt_precision_before_evaluation_and_training():
+def test_misspelt_precision(own_data, tmp_path):
+    """Said before evaluation, training, and pseudo-labels begin."""
     with pytest.raises(UserError, match=r"is bf16, but must be one of float32, tf32, bfloat16"):
         Trainer.test(load_config("", MISSPELT), nn.Identity())
     with pytest.raises(UserError, match="is bf16"):
         Trainer(load_config("", [*options(), *MISSPELT]))
-
-
-def test_misspelt_precision_in_pseudo_labels(own_data, tmp_path):
     command = ["--config-file", "shapes/quickstart", "--weights", WEIGHTS, "--input", own_data[0]]
     with pytest.raises(UserError, match="is bf16"):
         pseudo_label.main([*command, "--output", str(tmp_path), *MISSPELT])

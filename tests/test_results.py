@@ -14,7 +14,7 @@ from kmax_d2.engine import load_config
 from kmax_d2.errors import UserError
 from kmax_d2.modeling.kmax_deeplab import KMaXDeepLab
 from kmax_d2.modeling.merging import MaskWiseMerging
-from kmax_d2.modeling.postprocess import panoptic_instances, query_classes, query_instances
+from kmax_d2.modeling.postprocess import Postprocessor, query_classes
 from kmax_d2.modeling.top_two import marginal_classes
 
 QUICKSTART = Path(__file__).parents[1] / "kmax_d2" / "assets" / "quickstart.pth"
@@ -48,6 +48,12 @@ def merging(**changes):
     settings = {"thing_threshold": 0.3, "stuff_threshold": 0.3, "overlap_threshold": 0.5}
     limits = {"thing_area_limit": 0, "stuff_area_limit": 0}
     return MaskWiseMerging(IS_THING.tolist(), **settings | limits | changes)
+
+
+def instances(kind, merged, real, size, is_thing=IS_THING, max_instances=100):
+    """Those of a Postprocessor, "panoptic" or "query"."""
+    postprocessor = Postprocessor(MaskWiseMerging(is_thing), max_instances=max_instances)
+    return getattr(postprocessor, f"{kind}_instances")(merged, real, size)
 
 
 def full_probability(mask_logits, place):
@@ -114,7 +120,7 @@ def plain_instances(merged, class_logits, probability, real, size):
 def test_panoptic_instances(case):
     class_logits, mask_logits, place, real, size = case
     merged = merging()(class_logits, mask_logits, *place)
-    found = panoptic_instances(merged, IS_THING, 100, real, size)
+    found = instances("panoptic", merged, real, size)
     expected = plain_instances(merged, class_logits, full_probability(mask_logits, place), real, size)
     assert len(found) == len(expected) > 0
     for index, (score, label, mask) in enumerate(expected):
@@ -125,7 +131,7 @@ def test_panoptic_instances(case):
         box = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
         assert found.pred_boxes.tensor[index].tolist() == [float(side) for side in box]
     assert found.pred_masks.sum(0).max() == 1
-    few = panoptic_instances(merged, IS_THING, 1, real, size)
+    few = instances("panoptic", merged, real, size, max_instances=1)
     assert torch.equal(few.pred_masks, found.pred_masks[:1])
 
 
@@ -138,14 +144,14 @@ def test_pasted_queries_are_those_of_the_segments_before_the_area_limits(predict
     limited = merging(thing_area_limit=10**6, stuff_area_limit=10**6)(*prediction, SIZE)
     assert not limited.segments
     assert torch.equal(limited.pasted_query, free.pasted_query)
-    found, other = (panoptic_instances(merged, IS_THING, 100, REAL, ORIGINAL) for merged in (free, limited))
+    found, other = (instances("panoptic", merged, REAL, ORIGINAL) for merged in (free, limited))
     assert torch.equal(found.pred_masks, other.pred_masks)
 
 
 def test_query_instances(case):
     class_logits, mask_logits, place, real, size = case
     merged = merging()(class_logits, mask_logits, *place)
-    found = query_instances(merged, IS_THING, 0.4, 100, real, size)
+    found = instances("query", merged, real, size)
     probability = full_probability(mask_logits, place)
     confidence, category = class_logits.softmax(1)[:, :-1].max(1)
     expected = []
@@ -164,11 +170,8 @@ def test_query_instances(case):
 
 def test_no_things_give_no_instances(prediction):
     merged = merging()(*prediction, SIZE)
-    nothing = torch.zeros_like(IS_THING)
-    for found in (
-        panoptic_instances(merged, nothing, 100, REAL, ORIGINAL),
-        query_instances(merged, nothing, 0.4, 100, REAL, ORIGINAL),
-    ):
+    for kind in ("panoptic", "query"):
+        found = instances(kind, merged, REAL, ORIGINAL, is_thing=[False] * 4)
         assert len(found) == 0
         assert found.pred_masks.shape == (0, *ORIGINAL) and found.pred_boxes.tensor.shape == (0, 4)
 
@@ -196,11 +199,11 @@ def test_options_of_the_model(quickstart, at_crop, monkeypatch):
     size = (129, 160)
     place = ((97, 97), (1.0, 1.0)) if at_crop else (size, (76 / 96, 95 / 96))
     real = (77, 96) if at_crop else size
-    merged, is_thing = model.merging(class_logits, mask_logits, *place), model.merging.is_thing
+    merged, postprocessor = model.merging(class_logits, mask_logits, *place), model.postprocessor
     expected = {
-        "query": (query_classes(merged), query_instances(merged, is_thing, 0.4, 100, real, size)),
+        "query": (query_classes(merged), postprocessor.query_instances(merged, real, size)),
         "marginal": (marginal_classes(class_logits, mask_logits, *place), None),
-        "panoptic": (None, panoptic_instances(merged, is_thing, 100, real, size)),
+        "panoptic": (None, postprocessor.panoptic_instances(merged, real, size)),
     }
     monkeypatch.setattr(model.postprocessor, "merge_at_crop", at_crop)
     for semantic in ("query", "marginal"):

@@ -15,7 +15,7 @@ def blocks_of(model):
         for stage in (model.stage2, model.stage3, model.stage4, model.stage5):
             for block in stage:
                 units = [block.conv1, block.conv2, block.conv3, block.shortcut]
-                yield [(unit.conv, unit.norm) for unit in units if unit is not None]
+                yield [(unit.conv, unit.norm) for unit in units if hasattr(unit, "conv")]
     else:
         yield [(model.conv1, model.bn1)]
         for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
@@ -49,15 +49,3 @@ def test_equals_torchvision(size):
     for name, value in expected.items():
         assert maps[name].shape == value.shape
         assert (maps[name] - value).abs().max() < 1e-5 * value.abs().max(), name
-
-
-@pytest.mark.parametrize("standard", [False, True])
-def test_output_shape(standard):
-    model = KMaXResNet(blocks=(1, 1, 1, 1), widths=(4, 4, 8, 8), stem_width=4, standard=standard, norm="BN")
-    maps = model(torch.randn(1, 3, 65, 97))
-    shapes = model.output_shape()
-    assert list(shapes) == list(maps) == ["stage1", "stage2", "stage3", "stage4", "stage5"]
-    assert shapes["stage1"].stride == (4 if standard else 2)
-    for name, shape in shapes.items():
-        assert maps[name].shape == (1, shape.channels, 64 // shape.stride + 1, 96 // shape.stride + 1), name
-        assert (maps[name].min() < 0) is not standard, name

@@ -6,6 +6,7 @@ import timm
 import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
+from scenes import sample
 from torch import nn
 from torch.nn import functional as F
 
@@ -135,16 +136,7 @@ def test_pretrained_weights_that_cannot_be_downloaded(hub_cache):
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
 def test_training_and_predicting(name):
     model = build_with(name)
-    masks = torch.zeros(65, 65, dtype=torch.long)
-    masks[:, 30:] = 1
-    inputs = [
-        {
-            "image": torch.randint(256, (3, 65, 65), dtype=torch.uint8),
-            "segment_ids": masks,
-            "segment_classes": torch.tensor([3, 90]),
-        }
-        for _ in range(2)
-    ]
+    inputs = [sample(65, 65, seed) for seed in range(2)]
     first = next(model.backbone.parameters())
     before = first.detach().clone()
     sum(model(inputs).values()).backward()

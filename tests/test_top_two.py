@@ -10,7 +10,9 @@ import pytest
 import torch
 from test_merging import placed, plain_probability
 
-from kmax_d2.modeling.top_two import top_two_queries
+from kmax_d2.modeling.merging import MaskWiseMerging
+from kmax_d2.modeling.top_two import FASTER, top_two_queries
+from kmax_d2.speed import top_two_on_gpu
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="PyTorch comes without Triton on this platform")
@@ -33,17 +35,17 @@ def test_equals_the_softmax_of_all_logits(small, size, crop, queries):
     best = probability.topk(2, dim=0)
     torch.testing.assert_close(top.probability, best.values, rtol=1e-4, atol=1e-5)
     # Where two queries are as good as each other, either may be named.
-    torch.testing.assert_close(probability.gather(0, top.query), best.values, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(probability.gather(0, top.query.long()), best.values, rtol=1e-4, atol=1e-5)
     assert (top.query[0] != top.query[1]).all()
     clear = best.values[0] - best.values[1] > 1e-3
     assert clear.float().mean() > 0.9
-    assert torch.equal(top.query[0][clear], best.indices[0][clear])
+    assert torch.equal(top.query[0][clear].long(), best.indices[0][clear])
 
 
 def test_of_equal_queries_the_first_comes_first():
     mask_logits = torch.randint(0, 3, (7, 20, 30)).float()
     top = top_two_queries(mask_logits, (20, 30))
-    assert torch.equal(top.query, mask_logits.sort(dim=0, descending=True, stable=True).indices[:2])
+    assert torch.equal(top.query.long(), mask_logits.sort(dim=0, descending=True, stable=True).indices[:2])
 
 
 def test_what_is_not_a_number_names_no_query_that_is_not_there():
@@ -52,6 +54,20 @@ def test_what_is_not_a_number_names_no_query_that_is_not_there():
 
 
 # --- the GPU kernel ---
+
+
+def test_the_function_for_a_device_is_used(monkeypatch):
+    assert FASTER["cuda"] is top_two_on_gpu
+    mask_logits, places = torch.randn(3, 5, 7), []
+    monkeypatch.setitem(FASTER, "cpu", lambda logits, *place: places.append(place) or top_two_queries(logits, *place))
+    MaskWiseMerging([True] * 4)(torch.randn(3, 5), mask_logits, (9, 13), (0.5, 1.0))
+    assert places == [((9, 13), (0.5, 1.0))]
+
+
+def test_where_the_kernel_fails_the_strips_take_its_place(caplog):
+    mask_logits = torch.randn(3, 5, 7)  # on a CPU
+    assert torch.equal(top_two_on_gpu(mask_logits, (9, 13))[0], top_two_queries(mask_logits, (9, 13)).query)
+    assert "without its Triton kernel" in caplog.text
 
 
 INTERPRETED = """
@@ -103,7 +119,7 @@ def test_kernel_compiles_and_stays_in_registers(logits, tmp_path, monkeypatch):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     tile = {"tile_height": top_two_triton.TILE_HEIGHT, "tile_width": top_two_triton.TILE_WIDTH}
-    types = [logits, "*i64", "*fp32", *["i32"] * 5, "fp32", "fp32", "constexpr", "constexpr"]
+    types = [logits, "*i16", "*fp32", *["i32"] * 5, "fp32", "fp32", "constexpr", "constexpr"]
     kernel = top_two_triton.top_two_kernel
     source = ASTSource(kernel, dict(zip(kernel.arg_names, types, strict=True)), tile)
     options = {"num_warps": top_two_triton.WARPS}

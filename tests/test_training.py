@@ -1,17 +1,21 @@
 """The real trainer on a real small dataset: through the command line, on one process and on two."""
 
 import json
+import logging
 import math
 import re
+import resource
 from pathlib import Path
 
 import pytest
 import torch
+from detectron2.utils.events import EventStorage, JSONWriter
 from runs import arguments, train_net, write_own_data
 from small import options
 
 from kmax_d2.engine import Trainer, load_config, setup
 from kmax_d2.engine.optimizer import build_lr_scheduler, build_optimizer
+from kmax_d2.engine.writers import OptionalWriter
 from kmax_d2.errors import UserError
 
 TERMS = ["loss_pq_class", "loss_pq_mask", "loss_mask_id", "loss_instance"]
@@ -50,19 +54,6 @@ def test_a_run_logs_every_loss_and_all_results_of_one_model(trained):
     assert list(Path(output).glob("events.out.tfevents.*"))
     assert (output / "model_0000001.pth").is_file()
     assert (output / "model_final.pth").is_file()
-
-
-def test_resume_continues_where_the_run_stopped(trained, own_data):
-    output, _ = trained
-    before = torch.load(output / "model_final.pth", map_location="cpu", weights_only=True)
-    run = train_net(output, own_data, "--resume", SOLVER__MAX_ITER=6)
-    assert run.returncode == 0, run.stderr
-    assert "Starting training from iteration 4" in run.stdout
-    after = torch.load(output / "model_final.pth", map_location="cpu", weights_only=True)
-    assert before["iteration"] == 3
-    assert after["iteration"] == 5
-    name = "backbone.stem.norm.num_batches_tracked"
-    assert after["model"][name] - before["model"][name] == 2
 
 
 def test_two_processes_train_and_evaluate_as_one_does(own_data, tmp_path):
@@ -114,14 +105,49 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(o
     assert all(torch.equal(kept[name], again[name]) for name in kept)
 
 
-def test_the_same_seed_gives_the_same_run(own_data, tmp_path):
-    weights = []
-    for name in ("first", "second"):
-        run = train_net(tmp_path / name, own_data, SOLVER__MAX_ITER=2)
-        assert run.returncode == 0, run.stderr
-        weights.append(torch.load(tmp_path / name / "model_final.pth", map_location="cpu", weights_only=True)["model"])
-    first, second = weights
-    assert all(torch.equal(first[name], second[name]) for name in first)
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(own_data, tmp_path):
+    trainer = Trainer(setup(arguments(own_data, OUTPUT_DIR=str(tmp_path), SOLVER__MAX_ITER=1)))
+    before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
+    trainer.model.backbone.stem.conv.weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(UserError, match=r"at iteration 0: norm of the gradient = (nan|inf); images: "):
+        trainer.train()
+    assert all(torch.equal(weight, before[name]) for name, weight in trainer.model.named_parameters())
+    assert not list(tmp_path.glob("*.pth"))
+
+
+def test_a_failed_save_leaves_the_earlier_checkpoint(own_data, tmp_path):
+    trainer = Trainer(setup(arguments(own_data, OUTPUT_DIR=str(tmp_path))))
+    trainer.iter = 0
+    trainer.checkpointer.save("model_final", iteration=0)
+    kept = (tmp_path / "model_final.pth").read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 2, limit[1]))  # as a full disk: writing fails halfway
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*model_final\.pth: .*it needs [1-9]\d* kB"):
+            trainer.checkpointer.save("model_final", iteration=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with torch.no_grad():
+        trainer.model.backbone.stem.conv.weight[0] = math.nan
+    with pytest.raises(UserError, match="the weights are no longer finite, so they were not saved"):
+        trainer.checkpointer.save("model_final", iteration=1)
+    assert (tmp_path / "model_final.pth").read_bytes() == kept
+    assert sorted(file.name for file in tmp_path.iterdir() if "events" not in file.name) == [
+        "last_checkpoint",
+        "metrics.json",
+        "model_final.pth",
+    ]
+
+
+def test_training_goes_on_without_a_log_that_fails(caplog):
+    writer = OptionalWriter(JSONWriter("/dev/full"))
+    with EventStorage() as storage, caplog.at_level(logging.WARNING):
+        storage.put_scalar("loss", 1.0)
+        storage.step()
+        writer.write()
+        writer.write()
+        writer.close()
+    assert caplog.text.count("training goes on without it") == 1
 
 
 def test_decay_is_on_kernels_alone_and_the_backbone_learns_slower():

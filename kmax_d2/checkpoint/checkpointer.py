@@ -2,39 +2,96 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import zipfile
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from ..errors import UserError
+from ..files import whole_file
 from .formats import read_checkpoint
 
+logger = logging.getLogger(__name__)
 # Inference does not read these, so that they may be missing.
 TRAINING_ONLY = ("semantic_head.", "criterion.")
 # Their first axis is the classes.
 _OF_CLASSES = re.compile(r"(.*\.class_head|semantic_head\.classifier)\.(weight|bias)")
+LAST = "last_checkpoint"  # the file that names the newest checkpoint
+_OF_TRAINING = re.compile(r"model_(\d+|final)\.pth")
 
 
 class KMaXCheckpointer(DetectionCheckpointer):
     """Loads every format that :func:`~kmax_d2.checkpoint.formats.read_checkpoint` knows; saves Detectron2's.
 
+    A file is complete or absent at any time. A damaged checkpoint is passed over for an earlier one.
+
     Args:
         model, save_dir, checkpointables: as for :class:`~detectron2.checkpoint.DetectionCheckpointer`.
+        keep: how many of the checkpoints that are saved regularly to keep, the newest; 0 keeps all.
         complete: whether the file must have every weight that inference reads. Otherwise a part, such as a pre-trained
-            backbone, is enough, and class heads for another number of classes keep their initial values.
+            backbone, is enough, and class heads for another number of classes keep their initial values. What is
+            resumed is always complete.
 
     Attributes:
         taken: the names of the weights that the last call of :meth:`load` loaded.
     """
 
-    def __init__(self, model: nn.Module, save_dir: str = "", *, complete: bool = False, **checkpointables):
+    def __init__(
+        self, model: nn.Module, save_dir: str = "", *, keep: int = 0, complete: bool = False, **checkpointables
+    ):
         super().__init__(model, save_dir, **checkpointables)
+        self.keep = keep
         self.complete = complete
+        self._resumes = False
         self.taken: set[str] = set()
+
+    def save(self, name: str, **extra: Any) -> None:
+        """Saves weights, training state, and `extra` as `name`.pth.
+
+        Raises UserError where that fails or a weight is not finite; earlier checkpoints are then as they were.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {"model": self.model.state_dict()} | {
+            key: each.state_dict() for key, each in self.checkpointables.items()
+        }
+        floats = [weight for weight in data["model"].values() if weight.is_floating_point()]
+        if not torch.stack([weight.isfinite().all() for weight in floats]).all():
+            raise UserError("the weights are no longer finite, so they were not saved; the last checkpoint is kept")
+        file = Path(self.save_dir, f"{name}.pth")
+        self.logger.info(f"Saving checkpoint to {file}")
+        with whole_file(file) as unfinished:
+            try:
+                with open(unfinished, "wb") as stream:
+                    torch.save(data | extra, stream)
+            except (OSError, RuntimeError) as error:  # PyTorch may turn the one into the other
+                size = sum(leaf.nbytes for leaf in tree_leaves(data) if isinstance(leaf, torch.Tensor))
+                raise OSError(f"{getattr(error, 'strerror', error)}; it needs {size / 1e3:.0f} kB") from error
+        self.tag_last_checkpoint(file.name)
+        if self.keep:
+            for old in sorted(file.parent.glob("model_[0-9]*[0-9].pth"))[: -self.keep]:
+                old.unlink()
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Notes the name of the newest checkpoint."""
+        with whole_file(Path(self.save_dir, LAST)) as unfinished:
+            unfinished.write_text(last_filename_basename)
+
+    def has_checkpoint(self) -> bool:
+        """Tells whether there is a checkpoint to resume."""
+        return bool(self.get_checkpoint_file())
+
+    def get_checkpoint_file(self) -> str:
+        """Returns the path of the :func:`newest_checkpoint`, or an empty string."""
+        return newest_checkpoint(self.save_dir)
 
     def load(self, path: str, checkpointables: Sequence[str] | None = None) -> dict:
         """Loads the weights at `path` and the training state of `checkpointables` (None for all); returns the rest.
@@ -49,6 +106,7 @@ class KMaXCheckpointer(DetectionCheckpointer):
         checkpoint = read_checkpoint(path.partition("?")[0] if heuristics else path, self.model, resume=bool(wanted))
         if heuristics:
             checkpoint["matching_heuristics"] = True
+        self._resumes = any(name in checkpoint for name in wanted)
         self._log_incompatible_keys(self._load_model(checkpoint))
         for name in wanted:
             if name in checkpoint:
@@ -67,7 +125,9 @@ class KMaXCheckpointer(DetectionCheckpointer):
         of_classes = {
             name for name, (got, want) in shapes.items() if _OF_CLASSES.fullmatch(name) and got[1:] == want[1:]
         }
-        if self.complete:
+        if self._resumes:
+            wrong = absent
+        elif self.complete:
             wrong = {name for name in absent if not name.startswith(TRAINING_ONLY)}
         else:
             wrong = shapes.keys() - of_classes
@@ -94,6 +154,26 @@ class KMaXCheckpointer(DetectionCheckpointer):
         # Detectron2 logs the rest.
         missing = [name for name in result.missing_keys if name in own - of_classes]
         return result._replace(missing_keys=missing, incorrect_shapes=[])
+
+
+def newest_checkpoint(folder: str) -> str:
+    """Returns the path of the newest whole checkpoint of a training in a folder; an empty string if there was no save.
+
+    Raises UserError if all are damaged.
+    """
+    found = [file for file in Path(folder).glob("*.pth") if _OF_TRAINING.fullmatch(file.name)]
+    found.sort(key=lambda file: file.stat().st_mtime, reverse=True)
+    tag = Path(folder, LAST)
+    if tag.is_file():
+        found.insert(0, Path(folder, Path(tag.read_text(errors="replace").strip()).name))  # in this folder only
+    for file in found:
+        if zipfile.is_zipfile(file):  # not if it was cut short
+            if file != found[0]:
+                logger.warning(f"{found[0]} is missing or damaged: going back to {file}")
+            return str(file)
+    if found:
+        raise UserError(f"no checkpoint in {folder} can be read, neither {found[0].name} nor an earlier one")
+    return ""
 
 
 def load_weights(model: nn.Module, file: str) -> None:

@@ -29,6 +29,7 @@ from .pytorch_port import check_port_options, is_port, port_to_state_dict
 from .tensor_bundle import read_variables
 
 TIMM = "timm://"
+MOST_UNPACKED = 50  # weights hardly compress, so more is not a checkpoint but fills the disk
 _BUNDLE_FILE = re.compile(r"(.*)\.(?:index|data-\d+-of-\d+)")
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save's files began before they were zip
 # What a pickle of NumPy arrays calls, by the last part of the module's name: those of NumPy 1 and 2 differ.
@@ -97,15 +98,16 @@ def _read(file: str, resume: bool) -> dict:
     if head and tarfile.is_tarfile(file):
         return {"model": _read_archive(file)}
     is_zip = head.startswith(b"PK\x03\x04")
-    if is_zip or head.startswith(_LEGACY_TORCH):
-        loaded = _read_torch(file, is_zip, resume)
-    elif head.startswith(b"\x80"):
-        loaded = _read_pickle(file)
-    elif head[8:9] == b"{":  # safetensors: the length of its header, then the header in JSON
+    loaded: object
+    if file.endswith(".safetensors") or head[8:9] == b"{":  # the length of its header, then the header in JSON
         try:
             loaded = load_file(file)
         except SafetensorError as error:
             raise _unreadable(file, error) from error
+    elif is_zip or head.startswith(_LEGACY_TORCH):
+        loaded = _read_torch(file, is_zip, resume)
+    elif head.startswith(b"\x80"):
+        loaded = _read_pickle(file)
     else:
         raise UserError(f"{file} is not a readable checkpoint: it is {_kind(head)}")
     checkpoint = loaded if isinstance(loaded, dict) and "model" in loaded else {"model": loaded}
@@ -172,12 +174,16 @@ def _read_pickle(file: str) -> object:
 def _read_archive(file: str) -> dict[str, np.ndarray]:
     """Reads the variables of the newest TensorFlow checkpoint in a tar archive."""
     with tempfile.TemporaryDirectory(prefix="kmax_d2_") as folder:
+        unpacked = 0
         try:
             with tarfile.open(file, "r|*") as archive:  # a stream: seeking would start over
                 for member in archive:
                     name = PurePosixPath(member.name).name
                     if not member.isfile() or not name.startswith("ckpt") or not _BUNDLE_FILE.fullmatch(name):
                         continue
+                    unpacked += member.size
+                    if unpacked > MOST_UNPACKED * os.path.getsize(file):
+                        raise UserError(f"{file} is not read: it unpacks to over {MOST_UNPACKED} times its size")
                     with open(os.path.join(folder, name), "wb") as out:
                         shutil.copyfileobj(cast(IO[bytes], archive.extractfile(member)), out)
         except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:

@@ -15,9 +15,9 @@ import numpy as np
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 
 from ..errors import UserError
+from ..images import read_rgb
 from ..parallel import parallel_map
 from .datasets.coco_panoptic import metadata_of, read_json
-from .mapper import read_image
 from .panoptic_png import describe
 from .segment_ids import NUM_IDS, rgb2id
 
@@ -265,7 +265,7 @@ def _read(file: str, what: str, faults: list[Fault]) -> np.ndarray | None:
         faults.append(Fault(f"missing {what}", file))
         return None
     try:
-        return read_image({"file_name": file})
+        return read_rgb(file, what)
     except UserError as error:
         faults.append(Fault(f"broken {what}", str(error)))
         return None

@@ -1,4 +1,4 @@
-"""What the training loader reads: records, their paste sources, broken samples skipped, and where a run resumes."""
+"""The training loader: records, their paste sources, broken samples skipped, and random numbers by sample."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog, build_detection_train_loader, get_detection_dataset_dicts
 from detectron2.data.common import ToIterableDataset
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from ..errors import UserError
@@ -38,8 +41,8 @@ def training_records(names: Sequence[str], filter_empty: bool = True) -> list[di
 class WithPasteSource(Dataset):
     """A dataset's records, each with a random record of the same dataset for the mapper to paste from.
 
-    The source may be any record, also the record itself. It is drawn with NumPy in the loader's worker, so it is
-    determined by the worker's seed. Records are not copied.
+    The source may be any record, also the record itself. It is drawn with NumPy, so it is determined by the seed of the
+    sample. Records are not copied.
 
     Args:
         dataset: a list or map-style dataset of records.
@@ -61,7 +64,7 @@ class WithPasteSource(Dataset):
 
 
 class SkipBroken:
-    """Wraps a mapper to return None, for which Detectron2 draws another sample, instead of raising UserError.
+    """Wraps a mapper to return None, for which another sample is drawn, instead of raising UserError.
 
     If the paste source is broken, the record is used without it. Each error is logged once, with a running count.
 
@@ -95,24 +98,74 @@ class SkipBroken:
             raise UserError(f"all {self.size} training samples are broken, the last: {message}") from error
 
 
-class SkippingSampler(Sampler):
-    """The indices of another sampler without the first `count`."""
+class SeededSamples(Dataset):
+    """Training samples by (number in the run, index of the record).
 
-    def __init__(self, sampler: Sampler, count: int):
-        self.sampler = sampler
-        self.count = count
+    All random numbers of a sample are determined by the seed and its number, so that neither the number of workers nor
+    a resumed run changes it. Where the mapper returns None, another record is drawn.
 
-    def __iter__(self) -> Iterator[int]:
-        return itertools.islice(self.sampler, self.count, None)
+    Args:
+        dataset: records by index.
+        mapper: maps a record to a training sample or None.
+        seed: the seed of the run.
+    """
+
+    def __init__(self, dataset: Any, mapper: Callable[[dict], dict | None], seed: int):
+        self.dataset, self.mapper, self.seed = dataset, mapper, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, sample: tuple[int, int]) -> dict:
+        number, index = sample
+        seed_by(self.seed, number)
+        while (mapped := self.mapper(self.dataset[index])) is None:
+            index = np.random.randint(len(self))
+        return mapped
+
+
+class NumberedSampler(Sampler):
+    """Pairs the indices of a Detectron2 sampler with their number in the run, over all processes.
+
+    Attributes:
+        first: the number of the run's first sample; those before it are left out.
+    """
+
+    def __init__(self, sampler: Sampler):
+        self.sampler, self.first = sampler, 0
+        self.rank, self.world_size = comm.get_rank(), comm.get_world_size()
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        pairs = ((local * self.world_size + self.rank, index) for local, index in enumerate(self.sampler))
+        return itertools.islice(pairs, self.first // self.world_size, None)
+
+
+def seed_by(*numbers: int) -> None:
+    """Seeds Python, NumPy, and PyTorch by several numbers of which each matters."""
+    seed_all_rng(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
+def build_seeded_loader(cfg: CfgNode, dataset: Any, mapper: Callable[[dict], dict | None]) -> Iterable[list[dict]]:
+    """Builds Detectron2's training loader of records whose samples are determined by cfg.SEED and their number.
+
+    The samples of an iterable dataset are not.
+    """
+    if isinstance(dataset, IterableDataset):
+        return build_detection_train_loader(cfg, mapper=mapper, dataset=dataset)
+    seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+    seed_by(seed)  # from which Detectron2 draws the seed of its sampler
+    parts = build_detection_train_loader.from_config(cfg, mapper=mapper, dataset=dataset)
+    parts |= {"dataset": SeededSamples(dataset, mapper, seed), "mapper": None}
+    return build_detection_train_loader(**parts | {"sampler": NumberedSampler(parts["sampler"])})
 
 
 def skip_samples(loader: Iterable, count: int) -> None:
-    """Makes a Detectron2 training loader start after `count` samples of this process, without reading them.
+    """Makes a loader of :func:`build_seeded_loader` start after `count` samples of all processes, without reading them.
 
-    A loader without a sampler is left unchanged.
+    Any other loader is left unchanged.
     """
     stage: Any = loader
     while stage is not None and not isinstance(stage, ToIterableDataset):
         stage = getattr(stage, "dataset", None)
-    if stage is not None:
-        stage.sampler = SkippingSampler(stage.sampler, count)
+    if stage is not None and isinstance(stage.sampler, NumberedSampler):
+        stage.sampler.first = count

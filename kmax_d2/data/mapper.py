@@ -8,12 +8,11 @@ import cv2
 import numpy as np
 import torch
 from detectron2.config import configurable
-from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.utils.registry import Registry
-from PIL import Image, UnidentifiedImageError
 
 from ..errors import UserError
+from ..images import read_rgb
 from .augmentation import RandomPadCrop, ResizeToFit
 from .color import ColorPolicy
 from .copy_paste import PASTE_SOURCE, LabeledImage, copy_paste
@@ -26,27 +25,12 @@ VOID, PADDING = 0, -1  # in the mapper's own label maps; masks count from 1
 PASTE_SCALE = 0.5  # factor on the random scales, for the image that is pasted from
 
 
-def _read(file: str, what: str) -> np.ndarray:
-    """Reads an image file as RGB (H, W, 3) uint8. Raises UserError with its name and `what` it is."""
-    try:
-        with Image.open(file) as opened:
-            deep = opened.mode == "F" or opened.mode.startswith("I")
-        if deep:  # Pillow would clip the values at 255
-            raise UserError(f"the {what} {file} has more than 8 bits per channel; convert it to 8 bits first")
-        return detection_utils.read_image(file, "RGB")
-    except UnidentifiedImageError as error:
-        raise UserError(f"cannot read the {what} {file}: it is not an image") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read the {what} {file}: {reason}") from error
-
-
 def read_image(record: dict) -> np.ndarray:
     """Reads a record's RGB image (H, W, 3), uint8, with its EXIF orientation applied.
 
     Raises UserError with the file's name if it cannot be read or its size is not the record's.
     """
-    image = _read(record["file_name"], "image")
+    image = read_rgb(record["file_name"])
     if image.shape[:2] != (record.get("height", image.shape[0]), record.get("width", image.shape[1])):
         raise UserError(
             f"the image {record['file_name']} is {image.shape[1]}×{image.shape[0]} (with its EXIF orientation), "
@@ -66,7 +50,7 @@ def read_segments(record: dict) -> tuple[np.ndarray, list[int]]:
         UserError: with the file's name, if the PNG cannot be read or has segments that the record lacks.
     """
     file = record["pan_seg_file_name"]
-    ids = rgb2id(_read(file, "panoptic PNG"))
+    ids = rgb2id(read_rgb(file, "panoptic PNG"))
     classes: list[int] = []
     stuff: dict[int, int] = {}
     label_of_id = {0: VOID}

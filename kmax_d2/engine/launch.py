@@ -1,30 +1,106 @@
-"""Detectron2's launch, with processes that end together and in order."""
+"""Detectron2's launch, also under torchrun, with processes that end together and in order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import cast
 
+import torch
 import torch.distributed as dist
 from detectron2.engine import launch as d2_launch
+from detectron2.engine.launch import DEFAULT_TIMEOUT, _distributed_worker
 from detectron2.utils import comm
+from torch.multiprocessing import ProcessExitedException
 
+from ..errors import UserError
 from ..speed import keep_freed_memory
+from .stop import SIGNALS, STOPPED
+
+logger = logging.getLogger(__name__)
 
 
-def launch(function: Callable, num_gpus_per_machine: int, *, args: tuple = (), **options) -> object:
-    """Runs ``function(*args)`` in as many processes as requested.
+def launch(
+    function: Callable, num_gpus_per_machine: int, *, num_machines: int = 1, args: tuple = (), **options
+) -> None:
+    """Runs ``function(*args)`` in as many processes as requested, or in those that torchrun has started.
+
+    Ends with status STOPPED if a signal stopped the training.
 
     Args:
-        function, num_gpus_per_machine, args, options: as for :func:`detectron2.engine.launch`.
+        function, num_gpus_per_machine, num_machines, args, options: as for :func:`detectron2.engine.launch`.
+
+    Raises:
+        UserError: the number of processes is wrong, or one of them was killed.
     """
-    return d2_launch(_run, num_gpus_per_machine, args=(function, args), **options)
+    if num_gpus_per_machine < 1 or num_machines < 1:
+        raise UserError("--num-gpus and --num-machines must be at least 1; without a GPU, a process trains on the CPU")
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and num_gpus_per_machine > torch.cuda.device_count():
+        raise UserError(f"--num-gpus is {num_gpus_per_machine}, but this machine has {torch.cuda.device_count()}")
+    if dist.is_torchelastic_launched():
+        if num_gpus_per_machine * num_machines > 1:
+            raise UserError("torchrun starts the processes: leave out --num-gpus and --num-machines")
+        _run_in_torchrun(function, args)
+        return
+    if num_gpus_per_machine * num_machines == 1:
+        _run(function, args)
+        return
+    if num_machines > 1:
+        logger.warning(
+            f"waiting at {options['dist_url']} for all {num_machines} machines of {num_gpus_per_machine} processes "
+            f"each, {DEFAULT_TIMEOUT.seconds // 60} minutes at most"
+        )
+    try:
+        with _signals_passed_on():
+            d2_launch(_run, num_gpus_per_machine, num_machines=num_machines, args=(function, args), **options)
+    except ProcessExitedException as error:
+        if error.exit_code == STOPPED:
+            sys.exit(STOPPED)
+        raise UserError(f"training ended: {error}; continue with --resume") from error
 
 
-def _run(function: Callable, args: tuple) -> object:
+def _run_in_torchrun(function: Callable, args: tuple) -> None:
+    names = ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+    local_rank, world_size, per_machine, machine = (int(os.environ[name]) for name in names)
+    if world_size == 1:
+        _run(function, args)
+    else:
+        # What Detectron2's launch runs in each process; torchrun has put the address into the environment.
+        _distributed_worker(local_rank, _run, world_size, per_machine, machine, "env://", (function, args))
+
+
+@contextlib.contextmanager
+def _signals_passed_on() -> Iterator[None]:
+    """Passes signals on to the processes that this one has started, and goes on waiting for them."""
+
+    def pass_on(number: int, frame: object) -> None:
+        children = multiprocessing.active_children()
+        for child in children:
+            os.kill(cast(int, child.pid), number)
+        if not children:
+            signal.signal(number, earlier[number])
+            signal.raise_signal(number)
+
+    earlier = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def _run(function: Callable, args: tuple) -> None:
     keep_freed_memory()  # in every process
-    result = function(*args)
+    if multiprocessing.parent_process() is not None:
+        os.setpgrp()  # Ctrl-C reaches the parent, which passes it on once
+    function(*args)
     if dist.is_initialized():
         # Otherwise process group threads that outlive the interpreter, or a peer that is gone, abort the process.
         comm.synchronize()
         dist.destroy_process_group()
-    return result

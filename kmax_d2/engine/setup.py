@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from ..checkpoint.download import download, is_address
 from ..data.datasets import coco_panoptic
 from ..errors import UserError, did_you_mean
 from ..options import check, default_config, merge_file, merge_pairs, set_test_size
-from ..speed import inference_model, require_precision
+from ..speed import inference_model
 
 logger = logging.getLogger(__name__)
 
@@ -110,16 +111,22 @@ def prepare_datasets(cfg: CfgNode) -> None:
         files = cfg.DATASETS[f"OWN_{split}"]
         if not files:
             continue
-        if len(files) != 3:
-            raise UserError(f"DATASETS.OWN_{split} is (image folder, PNG folder, JSON file), not {list(files)}")
         images, pngs, json_file = files
         for folder in (images, pngs):
             if not os.path.isdir(folder):
                 raise UserError(f"no folder {folder}, which is named in DATASETS.OWN_{split}")
-        name = f"{Path(json_file).absolute().parent.name}_{Path(json_file).stem}"
+        path = Path(json_file).absolute()
+        name = f"{path.parent.name}_{path.stem}"
+        if name in DatasetCatalog and Path(MetadataCatalog.get(name).get("panoptic_json", "")).absolute() != path:
+            name += f"_{zlib.crc32(bytes(path)):08x}"  # another file has this name
         coco_panoptic.register(name, images, pngs, json_file)
         cfg.DATASETS[split] = (name,)
         cfg.MODEL.KMAX.NUM_CLASSES = 0
+    own = (cfg.DATASETS.OWN_TRAIN, cfg.DATASETS.OWN_TEST)
+    if all(own) and len({os.path.realpath(images) for images, *_ in own}) == 1:
+        train, test = ({image["file_name"] for image in coco_panoptic.read_json(files[2])["images"]} for files in own)
+        if train & test:
+            logger.warning(f"{len(train & test)} test images are also training images, such as {min(train & test)}")
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
     for name in names:
         if name not in DatasetCatalog:
@@ -181,5 +188,4 @@ def load_predictor(cfg: CfgNode) -> nn.Module:
     Run it inside :func:`kmax_d2.speed.use_precision`. Raises UserError as :func:`load_model` does, and for options of
     inference that do not exist.
     """
-    require_precision(cfg.MODEL.KMAX.TEST.PRECISION)  # before the time it takes to build the model
     return inference_model(load_model(cfg), cfg)

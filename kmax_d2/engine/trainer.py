@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, build_detection_test_loader, build_detection_train_loader
+from detectron2.data import DatasetFromList, build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.engine.hooks import EvalHook
@@ -19,19 +19,30 @@ from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
-from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..checkpoint import KMaXCheckpointer
 from ..checkpoint.download import is_address
-from ..data import MAPPER_REGISTRY, PanopticTestMapper, SkipBroken, WithPasteSource, skip_samples, training_records
+from ..data import (
+    MAPPER_REGISTRY,
+    PanopticTestMapper,
+    SkipBroken,
+    WithPasteSource,
+    build_seeded_loader,
+    skip_samples,
+    training_records,
+)
+from ..data.preflight import require_readable
 from ..errors import HideUserErrors, UserError
 from ..evaluation import build_evaluator
-from ..speed import require_precision, training_model, use_precision
+from ..speed import training_model, use_precision
 from .ema import WeightAverage
 from .optimizer import build_lr_scheduler, build_optimizer
+from .stop import StopOnSignal
 from .train_loop import TrainLoop
+from .writers import OptionalWriter
 
 
 class Trainer(DefaultTrainer):
@@ -46,7 +57,10 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
-        require_precision(cfg.MODEL.KMAX.TEST.PRECISION)  # now, not at the first evaluation
+        cfg = cfg.clone()
+        cfg.defrost()
+        if cfg.SEED < 0:
+            cfg.SEED = comm.shared_random_seed()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         self.average = WeightAverage(model, cfg) if cfg.SOLVER.EMA.ENABLED else None
@@ -57,9 +71,11 @@ class Trainer(DefaultTrainer):
         device_ids = [comm.get_local_rank()] if on_gpu else None
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
         precision = cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "float32"
-        self._trainer = TrainLoop(model, data_loader, optimizer, precision)
+        self._trainer = TrainLoop(model, data_loader, optimizer, cfg.SEED, precision)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = KMaXCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = KMaXCheckpointer(
+            model, cfg.OUTPUT_DIR, keep=cfg.SOLVER.KEEP_CHECKPOINTS, trainer=weakref.proxy(self)
+        )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -71,13 +87,20 @@ class Trainer(DefaultTrainer):
         return self.model if self.average is None else self.average.model
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Returns Detectron2's hooks; averaged weights are updated before they are saved and evaluated."""
-        default = super().build_hooks()
-        if self.average is None:
-            return default
-        evaluation = next(index for index, hook in enumerate(default) if isinstance(hook, EvalHook)) + 1
-        default.insert(evaluation, EvalHook(self.cfg.TEST.EVAL_PERIOD, self._test_average))
-        return [self.average, *default]
+        """Returns Detectron2's hooks and those for signals and averaged weights.
+
+        Averaged weights are updated before they are saved and evaluated.
+        """
+        hooks = super().build_hooks()
+        evaluation = next(index for index, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+        if self.average is not None:
+            hooks.insert(evaluation + 1, EvalHook(self.cfg.TEST.EVAL_PERIOD, self._test_average))
+        hooks.insert(evaluation, StopOnSignal())
+        return [self.average, *hooks]
+
+    def build_writers(self) -> list[EventWriter]:
+        """Returns Detectron2's writers; one that fails, on a full disk for example, does not end the run."""
+        return [w if isinstance(w, CommonMetricPrinter) else OptionalWriter(w) for w in super().build_writers()]
 
     def _test_average(self) -> dict:
         """Evaluates the averaged weights after the raw ones; task "ema/sem_seg" stands beside "sem_seg"."""
@@ -94,6 +117,10 @@ class Trainer(DefaultTrainer):
         Returns:
             the results of the last evaluation, in the main process; empty if a subclass left evaluation out.
         """
+        if comm.is_main_process():
+            for name in self.cfg.DATASETS.TEST:
+                with _needs_files_of([name]):
+                    require_readable(name, get_detection_dataset_dicts(name, filter_empty=False))
         log, hide = logging.getLogger(TrainerBase.__module__), HideUserErrors()
         log.addFilter(hide)
         try:
@@ -103,7 +130,7 @@ class Trainer(DefaultTrainer):
         return getattr(self, "_last_eval_results", {})
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Loads weights as Detectron2 does; a resumed run continues with the next samples and new random numbers."""
+        """Loads weights as Detectron2 does; a resumed run goes on as if it had not been interrupted."""
         try:
             super().resume_or_load(resume)
         except UserError as error:
@@ -111,12 +138,11 @@ class Trainer(DefaultTrainer):
             if is_address(self.cfg.MODEL.WEIGHTS) and not resumes:
                 raise UserError(f'{error}; or train from scratch with MODEL.WEIGHTS ""') from error
             raise
-        if self.start_iter == 0:
-            return
-        images = self.cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
-        skip_samples(self._trainer.data_loader, self.start_iter * images)
-        if self.cfg.SEED >= 0:
-            seed_all_rng(self.cfg.SEED + comm.get_rank() + self.start_iter)
+        loop = self._trainer
+        if self.start_iter and loop.seed != self.cfg.SEED:
+            self.cfg.SEED = loop.seed
+            loop.data_loader = self.build_train_loader(self.cfg)
+        skip_samples(loop.data_loader, loop.samples)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -135,12 +161,14 @@ class Trainer(DefaultTrainer):
         with _needs_files_of(cfg.DATASETS.TRAIN):
             dataset: Any = training_records(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
         if isinstance(dataset, list):
+            if comm.is_main_process() and not cfg.INPUT.SKIP_BROKEN:
+                require_readable(", ".join(cfg.DATASETS.TRAIN), dataset)
             dataset = DatasetFromList(dataset, copy=False)  # shared by all workers
         if cfg.INPUT.COPY_PASTE:
             dataset = WithPasteSource(dataset)
         if cfg.INPUT.SKIP_BROKEN:
             mapper = SkipBroken(mapper, len(dataset))
-        return build_detection_train_loader(cfg, mapper=mapper, dataset=dataset)
+        return build_seeded_loader(cfg, dataset, mapper)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
-from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 
 from ..data.segment_ids import rgb2id
 from ..files import write_json
+from ..images import read_rgb
 from ..parallel import parallel_map
 from .rle import encode_masks
 
@@ -59,7 +60,7 @@ def things_of(record: dict) -> tuple[dict, list[dict]]:
     Returns:
         The entry of the image, and those of its segments.
     """
-    ids = rgb2id(detection_utils.read_image(record["pan_seg_file_name"], "RGB"))
+    ids = rgb2id(read_rgb(record["pan_seg_file_name"], "panoptic PNG"))
     annotations = []
     for segment in record["segments_info"]:
         mask = mask_util.encode(np.asfortranarray(ids == segment["id"], dtype=np.uint8))

@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 
 import numpy as np
-from detectron2.data import MetadataCatalog, detection_utils
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.evaluation.panoptic_evaluation import _print_panoptic_results
 from detectron2.utils import comm
@@ -17,6 +17,7 @@ from PIL import Image
 from ..data.datasets.coco_panoptic import read_json
 from ..data.segment_ids import id2rgb, rgb2id
 from ..errors import UserError
+from ..images import read_rgb
 from .output import archive, compact, empty_folder
 from .panoptic_quality import match_segments, panoptic_quality
 from .pool import EvaluationPool
@@ -42,7 +43,7 @@ def evaluate_image(
         Image.fromarray(id2rgb(ids)).save(folder / prediction["file_name"])
     if truth is None:
         return prediction, {}
-    true_ids = rgb2id(detection_utils.read_image(str(Path(truth_folder, truth["file_name"])), "RGB"))
+    true_ids = rgb2id(read_rgb(str(Path(truth_folder, truth["file_name"])), "panoptic PNG"))
     return prediction, match_segments(ids, prediction["segments_info"], true_ids, truth["segments_info"])
 
 

@@ -8,18 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator
 from PIL import Image
 
 from ..data.segment_ids import rgb2id
+from ..images import read_rgb
 from .output import compact
 from .pool import EvaluationPool
 
 
 def segment_classes(file_name: str, segments: list[dict], ignore_label: int) -> np.ndarray:
     """Reads the (H, W) contiguous classes of a panoptic PNG; pixels without a segment get `ignore_label`."""
-    ids = rgb2id(detection_utils.read_image(file_name, "RGB"))
+    ids = rgb2id(read_rgb(file_name, "panoptic PNG"))
     classes = {segment["id"]: segment["category_id"] for segment in segments}
     present, inverse = np.unique(ids, return_inverse=True)
     return np.array([classes.get(id_, ignore_label) for id_ in present.tolist()])[inverse].reshape(ids.shape)

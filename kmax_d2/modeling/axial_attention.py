@@ -5,46 +5,40 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from timm.layers import trunc_normal_tf_
 from torch import nn
 
 from ..errors import UserError
-from .layers import ConvBN, batch_norm, truncated_normal_
+from .layers import ConvBN, batch_norm
 from .residual import EXPANSION, ResidualBlock
 
 MAX_LENGTH = 255
 
 
 class AxialAttention1D(nn.Module):
-    """Position-sensitive attention along one axis of a feature map.
+    """Position-sensitive attention along one axis of a feature map, "height" or "width".
 
-    Args:
-        in_channels: channels of the input.
-        width: base width C; keys and queries have C channels over all heads, values 2C.
-        axis: "height" or "width", the axis along which positions attend to each other.
-        stride: every stride-th position of that axis is kept, after all have been computed.
-        num_heads: number of heads.
-        norm: name of the batch norm.
+    Keys and queries have `width` channels over all heads, values twice as many. Every stride-th position of the axis is
+    kept, after all have been computed.
     """
 
     def __init__(self, in_channels: int, width: int, axis: str, *, norm: str, stride: int = 1, num_heads: int = 8):
         super().__init__()
         if axis not in ("height", "width"):
             raise UserError(f"axis must be 'height' or 'width', not {axis!r}")
-        self.axis = axis
-        self.stride = stride
-        self.num_heads = num_heads
-        self.key_dim = width // num_heads
-        self.value_dim = 2 * width // num_heads
+        self.axis, self.stride, self.num_heads = axis, stride, num_heads
+        self.split = (width, width, 2 * width)
         self.qkv = nn.Conv2d(in_channels, 4 * width, 1, bias=False)
-        truncated_normal_(self.qkv.weight, in_channels**-0.5)
+        trunc_normal_tf_(self.qkv.weight, std=in_channels**-0.5)
         self.norm_qkv = batch_norm(norm, 4 * width)
         # One gain and bias for each kind of logit (content, query-position, key-position) and head.
         self.norm_logits = batch_norm(norm, 3 * num_heads)
         # Kinds of retrieved value: content, position.
         self.norm_values = batch_norm(norm, 2 * 2 * width)
-        self.query_positions = nn.Parameter(truncated_normal_(torch.empty(2 * MAX_LENGTH - 1, self.key_dim), 1.0))
-        self.key_positions = nn.Parameter(truncated_normal_(torch.empty(2 * MAX_LENGTH - 1, self.key_dim), 1.0))
-        self.value_positions = nn.Parameter(truncated_normal_(torch.empty(2 * MAX_LENGTH - 1, self.value_dim), 1.0))
+        self.query_positions, self.key_positions, self.value_positions = (
+            nn.Parameter(trunc_normal_tf_(torch.empty(2 * MAX_LENGTH - 1, channels // num_heads)))
+            for channels in self.split
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_channels, H, W) to (B, 2 · width, H, W), the axis of length L strided to ceil(L / stride).
@@ -65,10 +59,8 @@ class AxialAttention1D(nn.Module):
             t = t.unflatten(3, (self.num_heads, -1)).permute(to_lines)
             return t.reshape(-1, self.num_heads, length, t.shape[-1])
 
-        key_width = self.num_heads * self.key_dim
         qkv = self.norm_qkv(self.qkv(x)).permute(0, 2, 3, 1)
-        q, k, v = qkv.split([key_width, key_width, self.num_heads * self.value_dim], dim=3)
-        q, k, v = lines(q), lines(k), lines(v)
+        q, k, v = (lines(t) for t in qkv.split(self.split, dim=3))
 
         # Row l of a gathered table holds the vectors of distances m - l, for all m.
         positions = torch.arange(length, device=qkv.device)
@@ -89,12 +81,9 @@ class AxialAttention1D(nn.Module):
 
     @staticmethod
     def norm_and_sum(norm: nn.Module, kinds: Sequence[torch.Tensor], channel_dims: int) -> torch.Tensor:
-        """Sums the kinds after one batch norm over kinds × channels.
+        """Sums kinds (lines, channels, ...) of one shape after one batch norm over kinds × channels.
 
-        Args:
-            norm: the batch norm.
-            kinds: tensors (lines, channels, ...) of one shape.
-            channel_dims: number of dimensions after the first that are channels.
+        The channels take `channel_dims` dimensions.
         """
         stacked = torch.stack(list(kinds), dim=1)
         normed = norm(stacked.flatten(1, 1 + channel_dims).flatten(2)[..., None])
@@ -107,29 +96,19 @@ def _by_position(x: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
 
 
 class AxialBlock(ResidualBlock):
-    """1×1 to 2C, attention along the height and then the width, 1×1 to 4C (MaX-DeepLab, Fig. 4).
+    """1×1 to 2C, attention along the height and then the width, which stride, 1×1 to 4C (MaX-DeepLab, Fig. 4)."""
 
-    Args:
-        in_channels, width, norm, stride, drop_path, act_layer: see :class:`ResidualBlock`; both attentions stride.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        width: int,
-        *,
-        norm: str,
-        stride: int = 1,
-        drop_path: float = 0.0,
-        act_layer: type[nn.Module] = nn.GELU,
-    ):
-        layers = {
+    @staticmethod
+    def layers(
+        in_channels: int, width: int, norm: str, stride: int, act_layer: type[nn.Module]
+    ) -> dict[str, nn.Module]:
+        """Two convolutions and the attentions between them."""
+        return {
             "conv1": ConvBN(in_channels, 2 * width, norm=norm, act_layer=act_layer),
             "height_attention": AxialAttention1D(2 * width, width, "height", norm=norm, stride=stride),
             "width_attention": AxialAttention1D(2 * width, width, "width", norm=norm, stride=stride),
             "conv3": ConvBN(2 * width, EXPANSION * width, norm=norm, init_gain=0.0),
         }
-        super().__init__(layers, in_channels, width, norm=norm, stride=stride, drop_path=drop_path, act_layer=act_layer)
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
         """Both attentions between the two convolutions."""

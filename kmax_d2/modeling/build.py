@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.registry import Registry
@@ -12,23 +10,13 @@ from torch import nn
 from ..errors import UserError, did_you_mean
 
 
-def keyword_arguments(options: CfgNode, without: Collection[str] = ("NAME",)) -> dict[str, object]:
-    """Turns a group of options into keyword arguments: `NUM_HEADS` becomes `num_heads`."""
-    return {name.lower(): value for name, value in options.items() if name not in without}
+def keyword_arguments(options: CfgNode) -> dict[str, object]:
+    """Turns a group of options but for its NAME into keyword arguments: `NUM_HEADS` becomes `num_heads`."""
+    return {name.lower(): value for name, value in options.items() if name != "NAME"}
 
 
 def build_from(registry: Registry, option: str, name: str, *args: object, **kwargs: object) -> nn.Module:
-    """Calls the registered part with this name.
-
-    Args:
-        registry: one of Detectron2's or of this project.
-        option: the option that holds the name, for the error.
-        name: of the part.
-        args, kwargs: what the part is called with.
-
-    Raises:
-        UserError: nothing is registered under this name.
-    """
+    """Calls the registered part with this name. Raises UserError that names the option if there is none."""
     if name not in registry:
         known = sorted(registered for registered, _ in registry)
         raise UserError(f"{option} is {name}, but there are {', '.join(known)}{did_you_mean(name, known)}")

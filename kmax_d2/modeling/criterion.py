@@ -9,20 +9,8 @@ from detectron2.config import configurable
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..errors import UserError
+from . import losses
 from .build import keyword_arguments, thing_mask
-from .losses import (
-    hardest_semantic_loss,
-    instance_discrimination_loss,
-    mask_id_loss,
-    matched_log_probability,
-    pq_class_loss,
-    pq_mask_loss,
-    sample_features,
-    sample_pixels,
-    semantic_loss,
-    small_instance_weights,
-)
 from .matcher import VOID, Targets, match
 from .predictor import Prediction
 
@@ -30,17 +18,8 @@ from .predictor import Prediction
 class Criterion(nn.Module):
     """One matching, from the final prediction, serves every prediction's terms; each term has its weight.
 
-    Args:
-        pq_weight: of both PQ-style terms.
-        mask_id_weight: of the mask-id cross-entropy.
-        instance_weight: of the pixel-wise instance discrimination.
-        semantic_weight: of the auxiliary semantic loss.
-        num_samples: pixels sampled for the instance and semantic terms.
-        instance_temperature, semantic_temperature: how much these samples prefer small masks.
-        min_pq_weight: floor of the detached weights of the PQ-style terms.
-        semantic_hard_share: the semantic loss takes this share of all pixels, the hardest ones; 0 samples pixels.
-        is_thing: for each of the K contiguous classes; read, as the next two are, where that share is not 0.
-        small_instance_area, small_instance_weight: pixels of things with fewer pixels in the crop have this weight.
+    Arguments are the options of MODEL.KMAX.LOSS, and for each of the K contiguous classes whether it is a thing, which
+    is read where `semantic_hard_share` is not 0.
     """
 
     @configurable
@@ -61,8 +40,6 @@ class Criterion(nn.Module):
         small_instance_weight: float = 1.0,
     ):
         super().__init__()
-        if not 0 <= semantic_hard_share <= 1:
-            raise UserError(f"MODEL.KMAX.LOSS.SEMANTIC_HARD_SHARE is {semantic_hard_share}, but ranges from 0 to 1")
         self.weights = {
             "loss_pq_class": pq_weight,
             "loss_pq_mask": pq_weight,
@@ -77,7 +54,7 @@ class Criterion(nn.Module):
         self.semantic_hard_share = semantic_hard_share
         self.small_instance_area = small_instance_area
         self.small_instance_weight = small_instance_weight
-        self.register_buffer("is_thing", torch.tensor(is_thing, dtype=torch.bool), persistent=False)
+        self.register_buffer("is_thing", torch.as_tensor(is_thing, dtype=torch.bool), persistent=False)
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -97,8 +74,8 @@ class Criterion(nn.Module):
             final: the final prediction, at the size (h, w) that the targets are read at.
             auxiliary: those of the decoders, of any size.
             targets: ground truth with P = h · w.
-            semantic_logits: (B, K or K + 1, h', w') of the auxiliary semantic head, of any size; for the hardest pixels
-                each position is one of the targets'. None where there is no such head.
+            semantic_logits: (B, K or K + 1, h', w') of the auxiliary semantic head, if there is one, of any size; for
+                the hardest pixels each position is one of the targets'.
 
         Returns:
             "loss_<term>" of the final prediction, "loss_<term>_<i>" of the i-th auxiliary one, and "loss_semantic".
@@ -106,11 +83,11 @@ class Criterion(nn.Module):
         # Sums over a whole map need float32, also under autocast.
         with torch.autocast(final.mask_logits.device.type, enabled=False):
             predictions = [Prediction(*(tensor.float() for tensor in p)) for p in (final, *auxiliary)]
-            losses = self._matched_losses(predictions, targets)
+            weighted = self._matched_losses(predictions, targets)
             if semantic_logits is not None:
                 terms = self._semantic_losses(semantic_logits.float(), targets, final.mask_logits.shape[-2:])
-                losses["loss_semantic"] = self.weights["loss_semantic"] * terms.mean()
-        return losses
+                weighted["loss_semantic"] = self.weights["loss_semantic"] * terms.mean()
+        return weighted
 
     def _matched_losses(self, predictions: Sequence[Prediction], targets: Targets) -> dict[str, torch.Tensor]:
         """Every term of every prediction, the final one first; all go through each term as one batch."""
@@ -119,38 +96,35 @@ class Criterion(nn.Module):
         matching = match(final.class_logits, final.mask_logits.flatten(2), targets)
         targets = targets.repeat(count)
         class_logits = torch.cat([p.class_logits for p in predictions])
-        log_probability = torch.cat([matched_log_probability(p.mask_logits, matching, size) for p in predictions])
-        matching = matching.repeat(count)
-        pixels = sample_pixels(targets, self.num_samples, self.instance_temperature)
-        features = torch.cat(
-            [
-                sample_features(p.pixel_feature, own, size)
-                for p, own in zip(predictions, pixels.chunk(count), strict=True)
-            ]
+        log_probability = torch.cat(
+            [losses.matched_log_probability(p.mask_logits, matching, size) for p in predictions]
         )
+        matching = matching.repeat(count)
+        pixels = losses.sample_pixels(targets, self.num_samples, self.instance_temperature)
+        samples = zip(predictions, pixels.chunk(count), strict=True)
+        features = torch.cat([losses.sample_features(p.pixel_feature, own, size) for p, own in samples])
         floor = self.min_pq_weight
         terms = {
-            "loss_pq_class": pq_class_loss(class_logits, targets, matching, floor),
-            "loss_pq_mask": pq_mask_loss(log_probability, class_logits.shape[1], targets, matching, floor),
-            "loss_mask_id": mask_id_loss(log_probability, targets, matching),
-            "loss_instance": instance_discrimination_loss(features, pixels, targets),
+            "loss_pq_class": losses.pq_class_loss(class_logits, targets, matching, floor),
+            "loss_pq_mask": losses.pq_mask_loss(log_probability, class_logits.shape[1], targets, matching, floor),
+            "loss_mask_id": losses.mask_id_loss(log_probability, targets, matching),
+            "loss_instance": losses.instance_discrimination_loss(features, pixels, targets),
         }
         means = {name: self.weights[name] * term.view(count, -1).mean(1) for name, term in terms.items()}
-        losses = {name: values[0] for name, values in means.items()}
+        weighted = {name: values[0] for name, values in means.items()}
         for index in range(1, count):
-            losses |= {f"{name}_{index - 1}": values[index] for name, values in means.items()}
-        return losses
+            weighted |= {f"{name}_{index - 1}": values[index] for name, values in means.items()}
+        return weighted
 
     def _semantic_losses(self, logits: torch.Tensor, targets: Targets, size: Sequence[int]) -> torch.Tensor:
         if self.semantic_hard_share > 0:
             step = (size[0] - 1) // (logits.shape[2] - 1)
             ids = targets.segment_ids.unflatten(1, size)[:, ::step, ::step].flatten(1)
-            weights = small_instance_weights(
-                targets, self.is_thing, self.small_instance_area, self.small_instance_weight
-            )
-            return hardest_semantic_loss(logits.flatten(2), ids, targets, weights, self.semantic_hard_share)
-        pixels = sample_pixels(targets, self.num_samples, self.semantic_temperature)
-        return semantic_loss(sample_features(logits, pixels, size), pixels, targets)
+            area, weight = self.small_instance_area, self.small_instance_weight
+            weights = losses.small_instance_weights(targets, self.is_thing, area, weight)
+            return losses.hardest_semantic_loss(logits.flatten(2), ids, targets, weights, self.semantic_hard_share)
+        pixels = losses.sample_pixels(targets, self.num_samples, self.semantic_temperature)
+        return losses.semantic_loss(losses.sample_features(logits, pixels, size), pixels, targets)
 
 
 def make_targets(

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from timm.layers import trunc_normal_tf_
 from torch import nn
 
 from .kmeans import CROSS_ATTENTION_REGISTRY, KMeansCrossAttention
-from .layers import ConvBN, LinearBN, batch_norm, flatten_pixels, norm_vectors, truncated_normal_
+from .layers import ConvBN, LinearBN, batch_norm, flatten_pixels, norm_vectors
 
 
 @CROSS_ATTENTION_REGISTRY.register()
 class SoftmaxCrossAttention(nn.Module):
     """The original cross-attention (Eq. 4): every center reads all pixels through a softmax over them.
 
-    Args:
-        channels: channels of centers, pixels and values.
-        key_channels: channels of queries and keys over all heads.
-        num_heads: number of heads.
-        norm: name of the batch norm.
+    Centers, pixels and values have `channels`, queries and keys `key_channels` over all heads.
     """
 
     def __init__(self, channels: int, *, key_channels: int, num_heads: int, norm: str):
@@ -28,7 +25,7 @@ class SoftmaxCrossAttention(nn.Module):
         self.key = ConvBN(channels, key_channels, norm=norm)
         self.value = ConvBN(channels, channels, norm=norm)
         for layer in (self.key, self.value):
-            truncated_normal_(layer.conv.weight, channels**-0.5)
+            trunc_normal_tf_(layer.conv.weight, std=channels**-0.5)
         # With batch norms where others scale by 1/√d, as in the self-attention.
         self.norm_logits = batch_norm(norm, num_heads)
         self.norm = batch_norm(norm, channels)

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.utils.registry import Registry
-from timm.layers import DropPath
+from timm.layers import DropPath, trunc_normal_tf_
 from torch import nn
 
 from ..errors import UserError
 from .build import build_from, keyword_arguments
 from .kmeans import CROSS_ATTENTION_REGISTRY
-from .layers import ConvBN, LinearBN, batch_norm, norm_vectors, truncated_normal_
+from .layers import ConvBN, LinearBN, batch_norm, norm_vectors
 from .predictor import Prediction, Predictor
 
 TRANSFORMER_DECODER_REGISTRY = Registry("TRANSFORMER_DECODER")
@@ -30,22 +30,18 @@ predictions need class logits, and returns the final Prediction and the list of 
 class CenterSelfAttention(nn.Module):
     """Self-attention among the centers, with batch norms in place of the usual scaling by 1/√d.
 
-    Args:
-        channels: channels of the centers.
-        key_channels, value_channels: channels of keys and values over all heads.
-        num_heads: number of heads.
-        norm: name of the batch norm.
+    Centers and values have `channels`, queries and keys `key_channels` over all heads.
     """
 
-    def __init__(self, channels: int, *, key_channels: int, value_channels: int, num_heads: int, norm: str):
+    def __init__(self, channels: int, *, key_channels: int, num_heads: int, norm: str):
         super().__init__()
         self.num_heads = num_heads
-        self.split = (key_channels, key_channels, value_channels)
+        self.split = (key_channels, key_channels, channels)
         self.qkv = LinearBN(channels, sum(self.split), norm=norm, init_std=channels**-0.5)
         self.norm_logits = batch_norm(norm, num_heads)
-        self.norm_values = batch_norm(norm, value_channels)
+        self.norm_values = batch_norm(norm, channels)
         self.act = nn.GELU()
-        self.projection = LinearBN(value_channels, channels, norm=norm, init_gain=0.0)
+        self.projection = LinearBN(channels, channels, norm=norm, init_gain=0.0)
 
     def forward(self, centers: torch.Tensor) -> torch.Tensor:
         """(B, N, C) to an update of the same shape."""
@@ -70,15 +66,10 @@ class KMaXDecoderLayer(nn.Module):
     """One kMaX decoder (Fig. 2): predict, update the centers by k-means, let them attend to each other, feed forward.
 
     Args:
-        pixel_channels: channels of the pixel decoder's map that it reads.
-        channels: channels of the centers.
+        pixel_channels, channels: channels of the pixel decoder's map that it reads, and of the centers.
         num_classes: K, without void.
-        ffn_channels: hidden channels of the feed-forward net.
-        cross_attention: name of the centers' update from the pixels, k-means or one of the ablation's.
-        key_channels, num_heads: of the attentions.
-        feature_channels: channels of the predictor's pixel features.
-        drop_path: probability of dropping each of the three updates, for each sample.
-        norm: name of the batch norm.
+        norm, cross_attention, ffn_channels, key_channels, num_heads, feature_channels, drop_path: the options of
+            MODEL.KMAX.NORM and MODEL.KMAX.TRANSFORMER_DECODER.
     """
 
     def __init__(
@@ -99,21 +90,11 @@ class KMaXDecoderLayer(nn.Module):
         self.act = nn.GELU()
         self.pixel_projection = ConvBN(pixel_channels, channels, norm=norm, act_layer=nn.GELU)
         self.center_projection = LinearBN(channels, channels, norm=norm, act_layer=nn.GELU)
-        self.predictor = Predictor(
-            channels, channels, num_classes, norm=norm, hidden_channels=channels, feature_channels=feature_channels
-        )
-        self.cross_attention = build_from(
-            CROSS_ATTENTION_REGISTRY,
-            "MODEL.KMAX.TRANSFORMER_DECODER.CROSS_ATTENTION",
-            cross_attention,
-            channels,
-            key_channels=key_channels,
-            num_heads=num_heads,
-            norm=norm,
-        )
-        self.attention = CenterSelfAttention(
-            channels, key_channels=key_channels, value_channels=channels, num_heads=num_heads, norm=norm
-        )
+        self.predictor = Predictor(channels, channels, num_classes, norm=norm, feature_channels=feature_channels)
+        option = "MODEL.KMAX.TRANSFORMER_DECODER.CROSS_ATTENTION"
+        heads: dict[str, Any] = {"key_channels": key_channels, "num_heads": num_heads, "norm": norm}
+        self.cross_attention = build_from(CROSS_ATTENTION_REGISTRY, option, cross_attention, channels, **heads)
+        self.attention = CenterSelfAttention(channels, **heads)
         self.ffn = FeedForward(channels, ffn_channels, norm=norm)
         self.drop_path = DropPath(drop_path)
 
@@ -137,13 +118,9 @@ class KMaXTransformerDecoder(nn.Module):
     Args:
         input_shape: shapes of the pixel decoder's maps, coarse to fine.
         num_queries: N, the number of cluster centers.
-        num_classes: K, without void.
         decoders: number of decoders on each of the first maps.
         training_queries: drop query, the number of centers that a training iteration draws; 0 takes all.
-        channels: channels of the centers.
-        feature_channels: channels of the predictors' pixel features.
-        norm: name of the batch norm.
-        layer: the other keyword arguments of :class:`KMaXDecoderLayer`.
+        num_classes, channels, feature_channels, norm, layer: the arguments of :class:`KMaXDecoderLayer`.
     """
 
     @configurable
@@ -171,30 +148,17 @@ class KMaXTransformerDecoder(nn.Module):
                 "MODEL.KMAX.TRANSFORMER_DECODER.TRAINING_QUERIES: "
                 f"{training_queries} of {num_queries} queries cannot be drawn"
             )
+        shared: dict[str, Any] = {"norm": norm, "feature_channels": feature_channels}
         self.training_queries = training_queries
-        self.centers = nn.Parameter(truncated_normal_(torch.empty(num_queries, channels), 1.0))
+        self.centers = nn.Parameter(trunc_normal_tf_(torch.empty(num_queries, channels)))
         self.map_of_layer = [index for index, count in enumerate(decoders) for _ in range(count)]
         self.layers = nn.ModuleList(
-            KMaXDecoderLayer(
-                input_shape[index].channels,
-                channels,
-                num_classes,
-                feature_channels=feature_channels,
-                norm=norm,
-                **layer,
-            )
+            KMaXDecoderLayer(input_shape[index].channels, channels, num_classes, **shared, **layer)
             for index in self.map_of_layer
         )
         self.class_projection = LinearBN(channels, channels, norm=norm, act_layer=nn.GELU)
         self.mask_projection = LinearBN(channels, channels, norm=norm, act_layer=nn.GELU)
-        self.predictor = Predictor(
-            input_shape[-1].channels,
-            channels,
-            num_classes,
-            norm=norm,
-            hidden_channels=channels,
-            feature_channels=feature_channels,
-        )
+        self.predictor = Predictor(input_shape[-1].channels, channels, num_classes, **shared)
 
     @classmethod
     def from_config(cls, cfg, input_shape: Sequence[ShapeSpec]) -> dict:
@@ -206,11 +170,9 @@ class KMaXTransformerDecoder(nn.Module):
     def forward(
         self, maps: Sequence[torch.Tensor], auxiliary_classes: bool = True
     ) -> tuple[Prediction, list[Prediction]]:
-        """Raw maps, coarse to fine, to the final prediction and that of each decoder.
+        """Raw maps (B, C, H, W), coarse to fine, to the final prediction and that of each decoder.
 
-        Args:
-            maps: the pixel decoder's maps (B, C, H, W).
-            auxiliary_classes: whether the auxiliary predictions need their class logits.
+        `auxiliary_classes`: whether the latter need their class logits.
         """
         centers = self.centers
         if self.training and self.training_queries:  # drop query: matching and losses see only these

@@ -27,15 +27,9 @@ from .semantic_head import SEMANTIC_HEAD_REGISTRY
 class KMaXDeepLab(nn.Module):
     """kMaX-DeepLab (https://arxiv.org/abs/2207.04044).
 
-    Args:
-        backbone: images to maps by name.
-        pixel_decoder: these to a list of maps, coarse to fine.
-        transformer_decoder: the list to the final and the auxiliary predictions.
-        semantic_head: the backbone's maps to semantic logits, in training only; None for none.
-        criterion: predictions and targets to losses.
-        postprocessor: the prediction for an image to its results.
-        pixel_mean, pixel_std: scaling of the channels.
-        test_size: (height, width) that test images are padded to; None pads to the next 32k + 1.
+    The backbone turns images into maps by name, the pixel decoder these into a list of maps, coarse to fine, and the
+    transformer decoder that into the final and the auxiliary predictions. The semantic head reads the backbone's maps,
+    in training only. Test images are padded to `test_size` (height, width), or with None to the next 32k + 1.
     """
 
     @configurable

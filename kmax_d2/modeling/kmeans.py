@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 from detectron2.utils.registry import Registry
+from timm.layers import trunc_normal_tf_
 from torch import nn
 
-from .layers import ConvBN, LinearBN, batch_norm, flatten_pixels, norm_vectors, truncated_normal_
+from .layers import ConvBN, LinearBN, batch_norm, flatten_pixels, norm_vectors
 
 CROSS_ATTENTION_REGISTRY = Registry("CROSS_ATTENTION")
 CROSS_ATTENTION_REGISTRY.__doc__ = """
@@ -26,15 +27,9 @@ def kmeans_assign(mask_logits: torch.Tensor) -> torch.Tensor:
 
 
 def kmeans_update(assignment: torch.Tensor, values: torch.Tensor, num_clusters: int) -> torch.Tensor:
-    """Sums the pixel values of each cluster, which equals the product of the one-hot assignment with the values.
+    """Sums the values (B, C, H, W) of the pixels assigned (B, H, W) to each cluster: (B, N, C), zero for none.
 
-    Args:
-        assignment: (B, H, W) cluster of each pixel.
-        values: (B, C, H, W) value of each pixel.
-        num_clusters: N.
-
-    Returns:
-        (B, N, C) sums; zero for a cluster without pixels.
+    This equals the product of the one-hot assignment with the values.
     """
     batch, channels = values.shape[:2]
     rows = flatten_pixels(values).flatten(0, 1)
@@ -46,18 +41,15 @@ def kmeans_update(assignment: torch.Tensor, values: torch.Tensor, num_clusters: 
 
 @CROSS_ATTENTION_REGISTRY.register()
 class KMeansCrossAttention(nn.Module):
-    """Update of the centers from the pixels assigned to them, without heads.
+    """Update of the centers from the pixels assigned to them.
 
-    Args:
-        channels: channels of centers, pixels and values.
-        key_channels, num_heads: of other cross-attentions; k-means has neither keys nor heads.
-        norm: name of the batch norm.
+    `key_channels` and `num_heads` are of other cross-attentions; k-means has neither keys nor heads.
     """
 
     def __init__(self, channels: int, *, key_channels: int, num_heads: int, norm: str):
         super().__init__()
         self.value = ConvBN(channels, channels, norm=norm)
-        truncated_normal_(self.value.conv.weight, channels**-0.5)
+        trunc_normal_tf_(self.value.conv.weight, std=channels**-0.5)
         self.norm = batch_norm(norm, channels)
         self.projection = LinearBN(channels, channels, norm=norm, init_gain=0.0)
 

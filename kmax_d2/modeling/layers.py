@@ -20,18 +20,10 @@ def he_normal_(weight: torch.Tensor) -> torch.Tensor:
     return variance_scaling_(weight, scale=2.0, mode="fan_in", distribution="truncated_normal")
 
 
-def truncated_normal_(weight: torch.Tensor, std: float) -> torch.Tensor:
-    """Fills a tensor from a normal of the given standard deviation, truncated at two of them."""
-    return trunc_normal_tf_(weight, std=std)
-
-
 def batch_norm(norm: str, channels: int, init_gain: float = 1.0) -> nn.Module:
-    """A batch norm over dimension 1 of a 4-D tensor, with the model's epsilon and momentum.
+    """A batch norm over dimension 1 of a 4-D tensor, by Detectron2's name, with the model's epsilon and momentum.
 
-    Args:
-        norm: a name that :func:`detectron2.layers.get_norm` knows, such as "BN", "SyncBN" or "naiveSyncBN".
-        channels: the number of channels.
-        init_gain: the initial gain; 0 makes a residual branch start as nothing.
+    An initial gain of 0 makes a residual branch start as nothing.
     """
     layer = d2_norm(norm, channels)
     layer.eps = BN_EPS
@@ -54,7 +46,7 @@ class ConvBN(nn.Module):
         stride: int = 1,
         dilation: int = 1,
         depthwise: bool = False,
-        act_layer: type[nn.Module] | None = None,
+        act_layer: type[nn.Module] = nn.Identity,
         init_gain: float = 1.0,
     ):
         super().__init__()
@@ -65,13 +57,12 @@ class ConvBN(nn.Module):
         )
         if depthwise:
             # Glorot uniform, with the fans of a depthwise kernel as TensorFlow counts them.
-            area = kernel_size * kernel_size
-            bound = (6.0 / (area * in_channels + area)) ** 0.5
+            bound = (6.0 / (kernel_size**2 * (in_channels + 1))) ** 0.5
             nn.init.uniform_(self.conv.weight, -bound, bound)
         else:
             he_normal_(self.conv.weight)
         self.norm = batch_norm(norm, out_channels, init_gain)
-        self.act = nn.Identity() if act_layer is None else act_layer()
+        self.act = act_layer()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) to (B, C', H', W')."""
@@ -87,18 +78,18 @@ class LinearBN(nn.Module):
         out_channels: int,
         *,
         norm: str,
-        act_layer: type[nn.Module] | None = None,
+        act_layer: type[nn.Module] = nn.Identity,
         init_gain: float = 1.0,
         init_std: float | None = None,
     ):
         super().__init__()
         self.linear = nn.Linear(in_channels, out_channels, bias=False)
         self.norm = batch_norm(norm, out_channels, init_gain)
-        self.act = act_layer() if act_layer is not None else nn.Identity()
+        self.act = act_layer()
         if init_std is None:
             he_normal_(self.linear.weight)
         else:
-            truncated_normal_(self.linear.weight, init_std)
+            trunc_normal_tf_(self.linear.weight, std=init_std)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, N, C) to (B, N, C')."""

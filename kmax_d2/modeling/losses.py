@@ -35,9 +35,8 @@ def pq_class_loss(
         targets, matching: ground truth and the matching of the final prediction.
         min_weight: floor of the detached weights.
     """
-    num_classes = class_logits.shape[2] - 1
     at = (matching.image, matching.query)
-    target = torch.full(class_logits.shape[:2], num_classes, device=class_logits.device)
+    target = torch.full(class_logits.shape[:2], class_logits.shape[2] - 1, device=class_logits.device)
     target[at] = targets.classes[matching.image, matching.segment]
     weight = UNMATCHED_WEIGHT * matching.void_share.clamp_min(min_weight)
     weight[at] = MATCHED_WEIGHT * matching.dice.clamp_min(min_weight)
@@ -46,17 +45,9 @@ def pq_class_loss(
 
 
 def matched_log_probability(mask_logits: torch.Tensor, matching: Matching, size: Sequence[int]) -> torch.Tensor:
-    """Log-softmax over the queries of resized mask logits, of the matched queries alone.
+    """Log-softmax over the queries of mask logits (B, N, h, w) resized to `size`, of the T matched ones: (T, H · W).
 
     Only the mask logits are kept for the backward pass, which computes the rest again.
-
-    Args:
-        mask_logits: (B, N, h, w), of any size.
-        matching: T matched pairs.
-        size: (H, W) to resize to, bilinearly.
-
-    Returns:
-        (T, H · W).
     """
 
     def log_probability(mask_logits: torch.Tensor) -> torch.Tensor:
@@ -70,11 +61,7 @@ def pq_mask_loss(
 ) -> torch.Tensor:
     """PQ-style mask term: one minus dice of each matched pair, weighted by its class probability.
 
-    Args:
-        log_probability: (T, P) of the matched pairs, from :func:`matched_log_probability`.
-        num_queries: N.
-        targets, matching: ground truth and the matching of the final prediction.
-        min_weight: floor of the detached weights.
+    Arguments as for :func:`pq_class_loss`, but for log-probabilities (T, P) from :func:`matched_log_probability`.
     """
     segment_ids = targets.segment_ids[matching.image]
     probability = log_probability.exp() * (segment_ids != VOID)
@@ -111,15 +98,10 @@ def _sums_by_segment(values: torch.Tensor, segment_ids: torch.Tensor, targets: T
 def sample_pixels(targets: Targets, num_samples: int, temperature: float) -> torch.Tensor:
     """Samples pixels without replacement, those of small masks more often, void pixels only last.
 
-    A Gumbel top-k on temperature · log(P / area of the pixel's mask).
-
-    Args:
-        targets: ground truth with P pixels an image.
-        num_samples: pixels to draw; at most P are.
-        temperature: 0 draws uniformly; the larger, the more small masks are preferred.
+    A Gumbel top-k on temperature · log(P / area of the pixel's mask): 0 draws uniformly.
 
     Returns:
-        (B, min(num_samples, P)) indices into P.
+        (B, min(num_samples, P)) indices into the P pixels of an image.
     """
     segment_ids = targets.segment_ids
     pixels = segment_ids.shape[1]
@@ -130,20 +112,10 @@ def sample_pixels(targets: Targets, num_samples: int, temperature: float) -> tor
     return score.topk(min(num_samples, pixels), dim=1).indices
 
 
-def _log_partition(features: torch.Tensor) -> torch.Tensor:
-    """log Σ_j exp(f_i · f_j / T) of features (k, C), for each i: (k,)."""
-    return (features / TEMPERATURE @ features.T).logsumexp(1)
-
-
 def sample_features(feature_map: torch.Tensor, pixels: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Features at some pixels of the resized map, without resizing it all (bilinear, aligned corners).
+    """Features at some pixels of a map (B, C, h, w), as if it were resized to `size` (bilinear, aligned corners).
 
-    Args:
-        feature_map: (B, C, h, w), of any size.
-        pixels: (B, k) indices into the H · W pixels of a map of `size` (H, W).
-
-    Returns:
-        (B, k, C).
+    Indices (B, k) into the H · W pixels of that size give (B, k, C).
     """
     if tuple(feature_map.shape[-2:]) == tuple(size):
         features = flatten_pixels(feature_map)
@@ -160,17 +132,18 @@ def instance_discrimination_loss(features: torch.Tensor, pixels: torch.Tensor, t
     The cross-entropy of row i against equal targets on the pixels of i's mask is log Σ_j exp(f_i·f_j/T) - f_i·c/T,
     c being the mean feature of that mask. A void pixel has no row, but is a column.
 
-    Args:
-        features: (B, k, C) features of the sampled pixels.
-        pixels: (B, k) these pixels.
-        targets: ground truth.
+    The k sampled pixels (B, k) have the features (B, k, C).
     """
     segment_ids = targets.segment_ids.gather(1, pixels)
     counts = _sums_by_segment(torch.ones_like(features[..., :1]), segment_ids, targets)
     centroids = _sums_by_segment(features, segment_ids, targets) / counts
+
+    def log_partition(features: torch.Tensor) -> torch.Tensor:
+        return (features / TEMPERATURE @ features.T).logsumexp(1)
+
     # One image at a time, so that a single (k, k) matrix is alive, and none is kept for the backward pass.
-    log_partition = torch.stack([checkpoint(_log_partition, image, use_reentrant=False) for image in features])
-    losses = log_partition - (features * centroids).sum(2) / TEMPERATURE
+    partitions = torch.stack([checkpoint(log_partition, image, use_reentrant=False) for image in features])
+    losses = partitions - (features * centroids).sum(2) / TEMPERATURE
     return _mean_of_nonzero(losses * (segment_ids != VOID))
 
 
@@ -181,13 +154,7 @@ def _semantic_cross_entropy(logits: torch.Tensor, segment_ids: torch.Tensor, tar
 
 
 def semantic_loss(logits: torch.Tensor, pixels: torch.Tensor, targets: Targets) -> torch.Tensor:
-    """Cross-entropy of the sampled pixels, void left out.
-
-    Args:
-        logits: (B, k, C) logits of the sampled pixels, C ≥ K.
-        pixels: (B, k) these pixels.
-        targets: ground truth.
-    """
+    """Cross-entropy of sampled pixels (B, k), void left out, from their logits (B, k, C), C ≥ K."""
     segment_ids = targets.segment_ids.gather(1, pixels)
     return _mean_of_nonzero(_semantic_cross_entropy(logits.transpose(1, 2), segment_ids, targets))
 
@@ -210,13 +177,6 @@ def hardest_semantic_loss(
 
 
 def small_instance_weights(targets: Targets, is_thing: torch.Tensor, area: int, weight: float) -> torch.Tensor:
-    """(B, S): `weight` for each mask of a thing of fewer than `area` pixels, 1 for the rest.
-
-    Args:
-        targets: ground truth.
-        is_thing: (K,) bool, of the contiguous classes.
-        area: in pixels of the crop.
-        weight: of pixels of small things.
-    """
+    """(B, S): `weight` for masks of things, by `is_thing` (K,), of fewer than `area` pixels of the crop, else 1."""
     small = is_thing[targets.classes] & (targets.areas < area)
     return torch.ones_like(targets.areas, dtype=torch.float32).masked_fill(small, weight)

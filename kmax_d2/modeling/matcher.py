@@ -54,47 +54,31 @@ class Matching(NamedTuple):
         return Matching(image + first_image, segment, query, dice, probability, self.void_share.repeat(count, 1))
 
 
-def one_hot_masks(targets: Targets) -> torch.Tensor:
-    """(B, P, S) float32 indicator of the masks; void pixels are zero everywhere."""
-    steps = torch.arange(targets.classes.shape[1], device=targets.segment_ids.device)
-    return (targets.segment_ids[..., None] == steps).float()
-
-
 @torch.no_grad()
 def match(class_logits: torch.Tensor, mask_logits: torch.Tensor, targets: Targets) -> Matching:
-    """Matches each mask to one query; if there are more masks than queries, some stay unmatched.
+    """Matches each mask to one query by class logits (B, N, K + 1), void last, and mask logits (B, N, P).
 
-    Args:
-        class_logits: (B, N, K + 1), void last.
-        mask_logits: (B, N, P).
-        targets: ground truth with S masks at most in an image.
+    If there are more masks than queries, some stay unmatched.
     """
     probability = mask_logits.softmax(dim=1)
     total = probability.sum(2)
     valid = (targets.segment_ids != VOID).float()
     on_valid = torch.bmm(probability, valid[..., None])[..., 0]
-    masks = one_hot_masks(targets)
+    segments = torch.arange(targets.classes.shape[1], device=targets.classes.device)
+    masks = (targets.segment_ids[..., None] == segments).float()  # (B, P, S)
     intersection = torch.bmm(probability, masks)  # (B, N, S)
     area = masks.sum(1)
     dice = intersection / ((on_valid[:, :, None] + area[:, None, :]) / 2 + EPS)
-    class_probability = class_logits.softmax(dim=2)
-    class_probability = class_probability.gather(
-        2, targets.classes.clamp_min(0)[:, None, :].expand(-1, class_logits.shape[1], -1)
-    )
+    classes = targets.classes.clamp_min(0)[:, None, :].expand(-1, class_logits.shape[1], -1)
+    class_probability = class_logits.softmax(dim=2).gather(2, classes)
     # One transfer for the batch. SciPy needs finite costs; if they are not, the loss reports it more clearly.
     similarity = (dice * class_probability).nan_to_num().cpu().numpy()
     counts = (targets.classes != VOID).sum(1).tolist()
     rows: list[tuple[int, int, int]] = []
     for index, count in enumerate(counts):
-        queries, segments = linear_sum_assignment(similarity[index, :, :count], maximize=True)
-        rows.extend((index, segment, query) for segment, query in zip(segments.tolist(), queries.tolist(), strict=True))
+        assigned = linear_sum_assignment(similarity[index, :, :count], maximize=True)
+        rows += [(index, segment, query) for query, segment in zip(*assigned, strict=True)]
     pairs = torch.as_tensor(rows, dtype=torch.int64).reshape(-1, 3).to(mask_logits.device)
     image, segment, query = pairs.unbind(1)
-    return Matching(
-        image,
-        segment,
-        query,
-        dice[image, query, segment],
-        class_probability[image, query, segment],
-        (total - on_valid) / (total + EPS),
-    )
+    at = image, query, segment
+    return Matching(image, segment, query, dice[at], class_probability[at], (total - on_valid) / (total + EPS))

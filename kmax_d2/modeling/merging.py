@@ -7,27 +7,17 @@ whether a mask is pasted follows from an N × N table of overlaps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode
 
 from ..errors import UserError
 from .build import thing_mask
-from .top_two import TopTwo, top_two_queries
-
-OPTIONS = (
-    "PIXEL_THRESHOLD",
-    "THING_THRESHOLD",
-    "STUFF_THRESHOLD",
-    "OVERLAP_THRESHOLD",
-    "CLASS_POWER",
-    "MASK_POWER",
-    "THING_AREA_LIMIT",
-    "STUFF_AREA_LIMIT",
-)
+from .top_two import TopTwo, by_rows, find_top_two, row_strips
 
 
 class Segmentation(NamedTuple):
@@ -36,7 +26,7 @@ class Segmentation(NamedTuple):
     Attributes:
         segment_ids: (H, W) int32, 0 is void.
         segments: one dict for each segment: "id", "category_id" (contiguous), "isthing", "area" and "score".
-        pasted_query: (H, W) int64, the query pasted at each pixel, before the area limits; -1 for none.
+        pasted_query: (H, W) int16, the query pasted at each pixel, before the area limits; -1 for none.
         query_class: (N,) best non-void class of each query.
         query_confidence: (N,) its probability.
         query_score: (N,) confidence times mask score of each query.
@@ -53,7 +43,7 @@ class Segmentation(NamedTuple):
 
 
 def count_values(values: torch.Tensor, number: int) -> torch.Tensor:
-    """(number,) how often each of 0, 1, ..., number − 1 is among int64 values, which hold no others."""
+    """(number,) int64, how often each of 0, 1, ..., number − 1 is among int64 values, which hold no others."""
     return count_without_waiting(values, number) if values.is_cuda else values.flatten().bincount(minlength=number)
 
 
@@ -69,14 +59,15 @@ def count_without_waiting(values: torch.Tensor, number: int, copies: int = 256) 
 
 
 def look_up(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """table[index] of a table with one axis; faster on a CPU."""
-    return table.index_select(0, index.flatten()).view(index.shape)
+    """table[index] of a table with one axis, for an index of any integer type; faster on a CPU."""
+    return table.index_select(0, index.flatten().int()).view(index.shape)
 
 
+@dataclass
 class MaskWiseMerging:
     """Pastes masks one after the other, the most confident first.
 
-    Args:
+    Attributes:
         is_thing: for each class whether it is a thing.
         pixel_threshold: a mask is where its probability is above this; at least 1/3.
         thing_threshold, stuff_threshold: least class confidence of a pasted mask.
@@ -85,44 +76,32 @@ class MaskWiseMerging:
         thing_area_limit, stuff_area_limit: smaller segments become void, in pixels of the merged map.
     """
 
-    @configurable
-    def __init__(
-        self,
-        is_thing: Sequence[bool],
-        *,
-        pixel_threshold: float = 0.4,
-        thing_threshold: float = 0.7,
-        stuff_threshold: float = 0.5,
-        overlap_threshold: float = 0.8,
-        class_power: float = 1.0,
-        mask_power: float = 1.0,
-        thing_area_limit: int = 400,
-        stuff_area_limit: int = 6400,
-    ):
-        if pixel_threshold < 1 / 3:
+    is_thing: Any  # becomes a tensor
+    pixel_threshold: float = 0.4
+    thing_threshold: float = 0.7
+    stuff_threshold: float = 0.5
+    overlap_threshold: float = 0.8
+    class_power: float = 1.0
+    mask_power: float = 1.0
+    thing_area_limit: int = 400
+    stuff_area_limit: int = 6400
+
+    def __post_init__(self) -> None:
+        self.is_thing = torch.as_tensor(self.is_thing, dtype=torch.bool)
+        if self.pixel_threshold < 1 / 3:
             raise UserError(
-                f"MODEL.KMAX.TEST.PIXEL_THRESHOLD is {pixel_threshold}, but must be at least 1/3, so that no more than "
-                "two masks meet at a pixel"
+                f"MODEL.KMAX.TEST.PIXEL_THRESHOLD is {self.pixel_threshold}, but must be at least 1/3, so that no more "
+                "than two masks meet at a pixel"
             )
-        self.top_two_queries = top_two_queries
-        self.is_thing = torch.tensor(list(is_thing), dtype=torch.bool)
-        self.pixel_threshold = pixel_threshold
-        self.thing_threshold = thing_threshold
-        self.stuff_threshold = stuff_threshold
-        self.overlap_threshold = overlap_threshold
-        self.class_power = class_power
-        self.mask_power = mask_power
-        self.thing_area_limit = thing_area_limit
-        self.stuff_area_limit = stuff_area_limit
 
     @classmethod
-    def from_config(cls, cfg) -> dict:
-        """Reads the constructor's arguments from a config."""
+    def from_config(cls, cfg: CfgNode) -> MaskWiseMerging:
+        """Builds the merging of a config."""
         test = cfg.MODEL.KMAX.TEST
-        options = {name.lower(): test[name] for name in OPTIONS} | {"is_thing": thing_mask(cfg)}
+        options = {field.name: test[field.name.upper()] for field in fields(cls) if field.name != "is_thing"}
         if not test.MERGE_AT_CROP:
             options |= {"thing_area_limit": 0, "stuff_area_limit": 0}
-        return options
+        return cls(thing_mask(cfg), **options)
 
     def __call__(
         self,
@@ -140,11 +119,12 @@ class MaskWiseMerging:
             extent: the fraction of the mask logits' height and width that the map spans.
         """
         class_logits, mask_logits = class_logits.detach(), mask_logits.detach()
-        top_two = TopTwo(*self.top_two_queries(mask_logits, size, extent))
+        top_two = find_top_two(mask_logits, size, extent)
         confidence, query_class = class_logits.float().softmax(1)[:, :-1].max(1)
         mask_score = self._mask_score(mask_logits)
         order = torch.argsort(confidence**self.class_power * mask_score**self.mask_power, descending=True, stable=True)
-        masks, *counts = self._masks(top_two, len(class_logits))
+        masks = top_two.query.masked_fill(~(top_two.probability > self.pixel_threshold), len(class_logits))
+        counts = self._counts(masks, len(class_logits))
 
         # The only transfer to the host: a few numbers for each query.
         numbers = torch.cat([t.double().flatten() for t in (order, query_class, confidence, *counts)]).cpu()
@@ -155,21 +135,25 @@ class MaskWiseMerging:
             segment_ids, segments, pasted_query, query_class, confidence, confidence * mask_score, top_two
         )
 
-    def _masks(self, top_two: TopTwo, num_queries: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Which masks are at each pixel, (2, H, W) queries or N for none, (N,) areas and (N, N) overlaps."""
-        masks = top_two.query.masked_fill(~(top_two.probability > self.pixel_threshold), num_queries)
+    @staticmethod
+    def _counts(masks: torch.Tensor, num_queries: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """From the masks at each pixel, (2, H, W) queries or N for none, to (N,) areas and (N, N) overlaps."""
         bins = num_queries + 1
-        area = count_values(masks, bins)[:-1]
+        pairs = torch.zeros(bins, bins, dtype=torch.int64, device=masks.device)
+        for rows in row_strips(masks.shape):
+            best, runner_up = masks[:, rows].long()
+            pairs += count_values(best * bins + runner_up, bins**2).view(bins, bins)
         # Masks meet only where the runner-up is above the threshold, and there the best is too.
-        pairs = count_values(masks[0] * bins + masks[1], bins**2).view(bins, bins)[:-1, :-1]
-        return masks, area, pairs + pairs.T
+        area = pairs.sum(1) + pairs.sum(0)
+        return area[:-1], (pairs + pairs.T)[:-1, :-1]
 
     @staticmethod
     def _paint(masks: torch.Tensor, tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(H, W) segment ids and pasted queries of the masks at each pixel, by the tables of :meth:`_paste`."""
-        rank_of_query, query_of_rank, id_of_rank = tables
-        winner = torch.minimum(*look_up(rank_of_query, masks))
-        return look_up(id_of_rank.int(), winner), look_up(query_of_rank, winner)
+        rank_of_query, query_of_rank, id_of_rank = tables.short()
+        winner = by_rows(lambda strip: torch.minimum(*look_up(rank_of_query, strip)), masks)
+        segment_ids = by_rows(functools.partial(look_up, id_of_rank.int()), winner)
+        return segment_ids, by_rows(functools.partial(look_up, query_of_rank), winner)
 
     def _mask_score(self, mask_logits: torch.Tensor) -> torch.Tensor:
         """(N,) mean probability where it is above the threshold, on the map as predicted; 0 if nowhere."""
@@ -200,12 +184,8 @@ class MaskWiseMerging:
             if not candidate[query] or free <= self.overlap_threshold * areas[query]:
                 continue
             covered += overlaps[query]
-            new = {
-                "category_id": category[query],
-                "isthing": thing[query],
-                "area": 0,
-                "score": float(confidence[query]),
-            }
+            new = {"category_id": category[query], "isthing": thing[query], "area": 0}
+            new["score"] = float(confidence[query])
             # Masks of one stuff class are one segment.
             segment = new if thing[query] else stuff.setdefault(category[query], new)
             segment["area"] += int(free)

@@ -29,13 +29,7 @@ pass makes of the backbone's maps by name.
 
 
 class Fusion(nn.Module):
-    """Adds a coarse map, resized, to a finer one. A map of another width first goes through GELU and a 1×1 ConvBN.
-
-    Args:
-        coarse_channels, fine_channels: channels of the two raw inputs.
-        channels: channels of the sum.
-        norm: name of the batch norm.
-    """
+    """Adds a coarse map, resized, to a finer one. A map of another width first goes through GELU and a 1×1 ConvBN."""
 
     def __init__(self, coarse_channels: int, fine_channels: int, channels: int, *, norm: str):
         super().__init__()
@@ -59,12 +53,9 @@ class KMaXPixelDecoder(nn.Module):
 
     Args:
         input_shape: shape of each encoder map by name.
-        in_features: the maps to use, coarse to fine, one for each stage.
-        widths: base width of each stage.
-        blocks: number of blocks in each stage.
-        kinds: "axial" or "bottleneck" for each stage.
+        in_features, widths, blocks, kinds: of each stage the map it reads, its base width, the number of its blocks,
+            and whether they are "axial" or "bottleneck".
         dilation: dilation of the bottlenecks' 3×3 convolutions.
-        norm: name of the batch norm.
     """
 
     @configurable
@@ -121,11 +112,8 @@ class KMaXPixelDecoder(nn.Module):
 
     def forward(self, features: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """The encoder's maps by name to raw maps, coarse to fine, each (B, 4 · width, H, W)."""
-        inputs = [features[name] for name in self.in_features]
-        x = self.stages[0](self.input_norms[0](inputs[0]))
-        maps = [x]
-        finer = zip(self.fusions, self.stages[1:], inputs[1:], self.input_norms[1:], strict=True)
-        for fusion, stage, encoded, norm in finer:
-            x = stage(fusion(x, norm(encoded)))
-            maps.append(x)
+        first, *finer = (norm(features[name]) for name, norm in zip(self.in_features, self.input_norms, strict=True))
+        maps = [self.stages[0](first)]
+        for fusion, stage, x in zip(self.fusions, self.stages[1:], finer, strict=True):
+            maps.append(stage(fusion(maps[-1], x)))
         return maps

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from detectron2.config import configurable
 from detectron2.structures import Boxes, Instances
 from torch import nn
-from torchvision.ops import masks_to_boxes
 
-from ..errors import UserError
-from .merging import MaskWiseMerging, Segmentation
-from .top_two import marginal_classes
+from .merging import MaskWiseMerging, Segmentation, count_values, look_up
+from .top_two import by_rows, marginal_classes, row_strips
 
 
 class Results(dict):
@@ -20,9 +19,6 @@ class Results(dict):
 
     "semantic" is the class map (H, W) int64. Detectron2's one-hot "sem_seg" (K, H, W) uint8, many times as large, is
     computed from it when it is read.
-
-    Args:
-        num_classes: K.
     """
 
     def __init__(self, num_classes: int):
@@ -48,11 +44,8 @@ class Postprocessor(nn.Module):
         merge_at_crop: merge on the padded image and resize ids; else resize logits to the original size and merge.
         outputs: which of "panoptic", "semantic" and "instance" to give.
         semantic: "query" or "marginal", :func:`query_classes` or :func:`~kmax_d2.modeling.top_two.marginal_classes`.
-        instance: "query" or "panoptic", :func:`query_instances` or :func:`panoptic_instances`.
+        instance: "query" or "panoptic", :meth:`query_instances` or :meth:`panoptic_instances`.
         max_instances: most instances of an image; those with the best scores are kept.
-
-    Raises:
-        UserError: `semantic` or `instance` is none of these.
     """
 
     @configurable
@@ -67,12 +60,6 @@ class Postprocessor(nn.Module):
         max_instances: int = 100,
     ):
         super().__init__()
-        for option, value, known in (
-            ("SEMANTIC", semantic, ("query", "marginal")),
-            ("INSTANCE", instance, ("query", "panoptic")),
-        ):
-            if value not in known:
-                raise UserError(f"MODEL.KMAX.TEST.{option} is {value}, but there are {' and '.join(known)}")
         self.merging = merging
         self.merge_at_crop = merge_at_crop
         self.outputs = tuple(outputs)
@@ -86,7 +73,7 @@ class Postprocessor(nn.Module):
         test = cfg.MODEL.KMAX.TEST
         wanted = {"panoptic": test.PANOPTIC_ON, "semantic": test.SEMANTIC_ON, "instance": test.INSTANCE_ON}
         return {
-            "merging": MaskWiseMerging(cfg),
+            "merging": MaskWiseMerging.from_config(cfg),
             "merge_at_crop": test.MERGE_AT_CROP,
             "outputs": [name for name, on in wanted.items() if on],
             "semantic": test.SEMANTIC,
@@ -114,24 +101,66 @@ class Postprocessor(nn.Module):
             size, extent = original, ((real[0] - 1) / (padded[0] - 1), (real[1] - 1) / (padded[1] - 1))
             real = original
         merged = self.merging(class_logits, mask_logits, size, extent)
-        is_thing = self.merging.is_thing
-        results = Results(len(is_thing))
+        results = Results(len(self.merging.is_thing))
         if "panoptic" in self.outputs:
             results["panoptic_seg"] = panoptic_result(merged, real, original)
         if "semantic" in self.outputs:
-            if self.semantic == "query":
-                classes = query_classes(merged)
-            else:
-                classes = marginal_classes(class_logits, mask_logits, size, extent)
+            best = self.semantic == "query"
+            classes = query_classes(merged) if best else marginal_classes(class_logits, mask_logits, size, extent)
             results["semantic"] = resize_nearest(classes, real, original)
         if "instance" in self.outputs:
-            if self.instance == "panoptic":
-                instances = panoptic_instances(merged, is_thing, self.max_instances, real, original)
-            else:
-                threshold = self.merging.pixel_threshold
-                instances = query_instances(merged, is_thing, threshold, self.max_instances, real, original)
-            results["instances"] = instances
+            instances = self.query_instances if self.instance == "query" else self.panoptic_instances
+            results["instances"] = instances(merged, real, original)
         return results
+
+    def panoptic_instances(self, merged: Segmentation, real: tuple[int, int], size: tuple[int, int]) -> Instances:
+        """The official instances: pixels of each thing class in :func:`query_classes`, split by the pasted queries.
+
+        Instances do not overlap. The score is the mean class confidence of the pixels times the mean of their largest
+        mask probability. `real` is without padding, `size` that of the result.
+        """
+        num_queries, is_thing = len(merged.query_class), self.merging.is_thing.to(merged.query_class.device)
+        # An instance is a pair of class and pasted query; the last key is for the pixels of none.
+        none = len(is_thing) * num_queries
+        first_key = (merged.query_class * num_queries).where(is_thing[merged.query_class], none)
+
+        def key_of(top: torch.Tensor, pasted: torch.Tensor) -> torch.Tensor:
+            return torch.where(pasted >= 0, look_up(first_key, top) + pasted, none).clamp_max(none).int()
+
+        maps = merged.top_two.query[0], merged.top_two.probability[0], merged.pasted_query
+        top, probability, pasted = (resize_nearest(x, real, size) for x in maps)
+        key = by_rows(key_of, top, pasted)
+        sums = torch.zeros(3, none + 1, dtype=torch.float64, device=key.device)
+        for rows in row_strips(size):
+            confidence = look_up(merged.query_confidence, top[rows])
+            weights = torch.ones_like(confidence), confidence, probability[rows]
+            flat = key[rows].flatten()
+            sums += torch.stack([flat.bincount(x.flatten().double(), minlength=none + 1) for x in weights])
+        area, confidence, mask_probability = sums[:, :-1]
+        score = (confidence * mask_probability / area.clamp_min(1) ** 2).float()
+        score, kept = score.topk(min(self.max_instances, none))
+        kept, score = kept[score > 0], score[score > 0]
+        return _instances(key == kept[:, None, None].int(), score, kept // num_queries)
+
+    def query_instances(self, merged: Segmentation, real: tuple[int, int], size: tuple[int, int]) -> Instances:
+        """The usual instances: the best thing queries with their whole masks, scored by class confidence × mask score.
+
+        `real` is without padding, `size` that of the result.
+        """
+        is_thing = self.merging.is_thing.to(merged.query_class.device)
+        score = merged.query_score.where(is_thing[merged.query_class], 0)
+        score, query = score.topk(min(self.max_instances, len(score)))
+        # A pixel below the threshold belongs to no mask.
+        top = merged.top_two
+        best = resize_nearest(top.query.where(top.probability > self.merging.pixel_threshold, -1), real, size)
+        areas = torch.zeros(len(merged.query_score) + 1, dtype=torch.int64, device=best.device)  # that of none is first
+        for rows in row_strips(size):
+            areas += count_values(best[:, rows].long() + 1, len(areas))
+        kept = (score > 0) & (areas[query + 1] > 0)
+        score, query = score[kept], query[kept]
+        wanted = query.short()[:, None, None]
+        masks = by_rows(lambda strip: (strip[0] == wanted) | (strip[1] == wanted), best)
+        return _instances(masks, score, merged.query_class[query])
 
 
 def resize_nearest(labels: torch.Tensor, real: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
@@ -156,73 +185,16 @@ def panoptic_result(
 
 def query_classes(merged: Segmentation) -> torch.Tensor:
     """(H, W) class of the query with the largest mask logit at each pixel, without thresholds, as officially."""
-    return merged.query_class[merged.top_two.query[0]]
-
-
-def panoptic_instances(
-    merged: Segmentation,
-    is_thing: torch.Tensor,
-    max_instances: int,
-    real: tuple[int, int],
-    size: tuple[int, int],
-) -> Instances:
-    """The official instances: pixels of each thing class in :func:`query_classes`, split by the pasted queries.
-
-    Instances do not overlap. The score is the mean class confidence of the pixels times the mean of their largest mask
-    probability.
-
-    Args:
-        merged: of the image, padded or not.
-        is_thing: (K,) bool.
-        max_instances: most instances; those with the best scores are kept.
-        real: height and width without padding.
-        size: of the result.
-    """
-    top, probability, pasted = (
-        resize_nearest(x, real, size)
-        for x in (merged.top_two.query[0], merged.top_two.probability[0], merged.pasted_query)
-    )
-    num_queries, num_classes = len(merged.query_class), len(is_thing)
-    # An instance is a pair of class and pasted query; the last key is for the pixels of none.
-    classes = merged.query_class[top]
-    none = num_classes * num_queries
-    key = torch.where(is_thing.to(top.device)[classes] & (pasted >= 0), classes * num_queries + pasted, none)
-    flat = key.flatten()
-    area = torch.bincount(flat, minlength=none + 1)[:none]
-    sums = [
-        torch.bincount(flat, weights.flatten().double(), minlength=none + 1)[:none]
-        for weights in (merged.query_confidence[top], probability)
-    ]
-    score = (sums[0] * sums[1] / area.clamp_min(1).double() ** 2).float()
-    score, kept = score.topk(min(max_instances, none))
-    kept, score = kept[score > 0], score[score > 0]
-    return _instances(key == kept[:, None, None], score, kept // num_queries)
-
-
-def query_instances(
-    merged: Segmentation,
-    is_thing: torch.Tensor,
-    pixel_threshold: float,
-    max_instances: int,
-    real: tuple[int, int],
-    size: tuple[int, int],
-) -> Instances:
-    """The usual instances: the best thing queries with their whole masks, scored by class confidence × mask score."""
-    score = merged.query_score.where(is_thing.to(merged.query_score.device)[merged.query_class], 0)
-    score, query = score.topk(min(max_instances, len(score)))
-    score, query = score[score > 0], query[score > 0]
-    top = merged.top_two
-    # A pixel below the threshold belongs to no mask.
-    best = resize_nearest(top.query.where(top.probability > pixel_threshold, -1), real, size)
-    masks = (best[0] == query[:, None, None]) | (best[1] == query[:, None, None])
-    present = masks.flatten(1).any(1)
-    return _instances(masks[present], score[present], merged.query_class[query[present]])
+    return by_rows(functools.partial(look_up, merged.query_class), merged.top_two.query[0])
 
 
 def _instances(masks: torch.Tensor, scores: torch.Tensor, classes: torch.Tensor) -> Instances:
-    boxes = masks_to_boxes(masks)
-    # Boxes reach to the far edge of their last pixel.
-    boxes[:, 2:] += 1
+    """Masks (n, H, W), none of them empty, with their boxes, which reach to the far edge of their last pixel."""
+    boxes = []
+    for line in (masks.any(1), masks.any(2)):  # columns, rows
+        first, behind = line.byte().argmax(1), line.shape[1] - line.flip(1).byte().argmax(1)
+        boxes.append(torch.stack([first, behind], dim=1))
+    corners = torch.stack(boxes, dim=2).flatten(1).float()
     return Instances(
-        tuple(masks.shape[-2:]), pred_masks=masks, pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes
+        tuple(masks.shape[-2:]), pred_masks=masks, pred_boxes=Boxes(corners), scores=scores, pred_classes=classes
     )

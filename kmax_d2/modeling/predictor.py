@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.layers import trunc_normal_tf_
 from torch import nn
 
-from .layers import DepthwiseSeparable, LinearBN, batch_norm, flatten_pixels, truncated_normal_
+from .layers import DepthwiseSeparable, LinearBN, batch_norm, flatten_pixels
 
 VOID_PRIOR = 0.9
 
@@ -41,34 +42,19 @@ class Prediction(NamedTuple):
 class Predictor(nn.Module):
     """Mask logits are dot products of pixel features and mask embeddings, normalized as one channel.
 
-    Args:
-        pixel_channels: channels of the pixel map.
-        embed_channels: channels of the class and mask embeddings.
-        hidden_channels: channels inside the pixel head.
-        feature_channels: channels of the pixel features.
-        num_classes: K, without void.
-        norm: name of the batch norm.
+    The class and mask embeddings, and the maps inside the pixel head, have `channels`.
     """
 
-    def __init__(
-        self,
-        pixel_channels: int,
-        embed_channels: int,
-        num_classes: int,
-        *,
-        norm: str,
-        hidden_channels: int = 256,
-        feature_channels: int = 128,
-    ):
+    def __init__(self, pixel_channels: int, channels: int, num_classes: int, *, norm: str, feature_channels: int = 128):
         super().__init__()
-        self.pixel_head = DepthwiseSeparable(pixel_channels, hidden_channels, norm=norm)
-        self.pixel_projection = nn.Conv2d(hidden_channels, feature_channels, 1)
+        self.pixel_head = DepthwiseSeparable(pixel_channels, channels, norm=norm)
+        self.pixel_projection = nn.Conv2d(channels, feature_channels, 1)
         self.pixel_norm = batch_norm(norm, feature_channels)
-        self.mask_embedding = LinearBN(embed_channels, feature_channels, norm=norm)
+        self.mask_embedding = LinearBN(channels, feature_channels, norm=norm)
         self.mask_norm = batch_norm(norm, 1, init_gain=0.1)
-        self.class_head = nn.Linear(embed_channels, num_classes + 1)
+        self.class_head = nn.Linear(channels, num_classes + 1)
         for layer in (self.pixel_projection, self.class_head):
-            truncated_normal_(layer.weight, 0.01)
+            trunc_normal_tf_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
         # This constant starts void with a probability of 0.9 against all classes together.
         prior = torch.zeros(num_classes + 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 import torch
 from timm.layers import DropPath
@@ -16,55 +16,9 @@ EXPANSION = 4  # output channels over base width
 class ResidualBlock(nn.Module):
     """Adds a branch to the shortcut. Input and output are raw sums: a block activates its input, not its output.
 
-    Subclasses define :meth:`branch` on the layers that they pass.
-
-    Args:
-        layers: the branch's layers by name.
-        in_channels: channels of the raw input.
-        width: base width C; the output has 4C channels.
-        stride: stride of the branch, and so of the shortcut's projection.
-        drop_path: probability of dropping the branch, for each sample.
-        norm: name of the batch norm.
-        act_layer: activation.
-    """
-
-    def __init__(
-        self,
-        layers: Mapping[str, nn.Module],
-        in_channels: int,
-        width: int,
-        *,
-        norm: str,
-        stride: int,
-        drop_path: float,
-        act_layer: type[nn.Module],
-    ):
-        super().__init__()
-        self.act = act_layer()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self.drop_path = DropPath(drop_path)
-        out_channels = EXPANSION * width
-        needs_projection = stride != 1 or in_channels != out_channels
-        self.shortcut = ConvBN(in_channels, out_channels, norm=norm, stride=stride) if needs_projection else None
-
-    def branch(self, x: torch.Tensor) -> torch.Tensor:
-        """The residual branch: (B, in_channels, H, W), activated, to the block's output shape."""
-        raise NotImplementedError
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, in_channels, H, W) to (B, 4 · width, ceil(H / stride), ceil(W / stride))."""
-        x = self.act(x)
-        shortcut = x if self.shortcut is None else self.shortcut(x)
-        return shortcut + self.drop_path(self.branch(x))
-
-
-class Bottleneck(ResidualBlock):
-    """1×1 to C, 3×3, 1×1 to 4C (https://arxiv.org/abs/1512.03385).
-
-    Args:
-        dilation: of the 3×3 convolution.
-        in_channels, width, norm, stride, drop_path, act_layer: see :class:`ResidualBlock`; the 3×3 strides.
+    Subclasses define the :meth:`layers` of their :meth:`branch`. With a base width C, the output has 4C channels.
+    `stride` is that of the branch, and so of the shortcut's projection; `drop_path` is the probability of dropping the
+    branch, for each sample; `options` are the subclass's own.
     """
 
     def __init__(
@@ -74,17 +28,48 @@ class Bottleneck(ResidualBlock):
         *,
         norm: str,
         stride: int = 1,
-        dilation: int = 1,
         drop_path: float = 0.0,
         act_layer: type[nn.Module] = nn.GELU,
+        **options: Any,
     ):
-        layers = {
+        super().__init__()
+        self.act = act_layer()
+        for name, layer in self.layers(in_channels, width, norm, stride, act_layer, **options).items():
+            self.add_module(name, layer)
+        self.drop_path = DropPath(drop_path)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != EXPANSION * width:
+            self.shortcut = ConvBN(in_channels, EXPANSION * width, norm=norm, stride=stride)
+
+    @staticmethod
+    def layers(*args: Any, **options: Any) -> dict[str, nn.Module]:
+        """The branch's layers by name, from the arguments of the constructor."""
+        raise NotImplementedError
+
+    def branch(self, x: torch.Tensor) -> torch.Tensor:
+        """The residual branch: (B, in_channels, H, W), activated, to the block's output shape."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_channels, H, W) to (B, 4 · width, ceil(H / stride), ceil(W / stride))."""
+        x = self.act(x)
+        return self.shortcut(x) + self.drop_path(self.branch(x))
+
+
+class Bottleneck(ResidualBlock):
+    """1×1 to C, 3×3, which strides and may be dilated, 1×1 to 4C (https://arxiv.org/abs/1512.03385)."""
+
+    @staticmethod
+    def layers(
+        in_channels: int, width: int, norm: str, stride: int, act_layer: type[nn.Module], dilation: int = 1
+    ) -> dict[str, nn.Module]:
+        """The three convolutions."""
+        return {
             "conv1": ConvBN(in_channels, width, norm=norm, act_layer=act_layer),
             "conv2": ConvBN(width, width, 3, norm=norm, stride=stride, dilation=dilation, act_layer=act_layer),
             "conv3": ConvBN(width, EXPANSION * width, norm=norm, init_gain=0.0),
         }
-        super().__init__(layers, in_channels, width, norm=norm, stride=stride, drop_path=drop_path, act_layer=act_layer)
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
-        """The three convolutions."""
+        """One after the other."""
         return self.conv3(self.conv2(self.conv1(x)))

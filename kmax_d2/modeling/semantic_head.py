@@ -8,9 +8,11 @@ from detectron2.config import configurable
 from detectron2.layers import NaiveSyncBatchNorm, ShapeSpec
 from detectron2.utils import comm
 from detectron2.utils.registry import Registry
+from timm.layers import trunc_normal_tf_
 from torch import nn
 
-from .layers import ConvBN, DepthwiseSeparable, flatten_pixels, resize, truncated_normal_
+from .build import keyword_arguments
+from .layers import ConvBN, DepthwiseSeparable, flatten_pixels, resize
 
 SEMANTIC_HEAD_REGISTRY = Registry("SEMANTIC_HEAD")
 SEMANTIC_HEAD_REGISTRY.__doc__ = """
@@ -56,7 +58,7 @@ class ASPP(nn.Module):
 def classifier(channels: int, num_logits: int) -> nn.Conv2d:
     """The last 1×1 convolution, with bias. (B, channels, H, W) to (B, num_logits, H, W)."""
     layer = nn.Conv2d(channels, num_logits, 1)
-    truncated_normal_(layer.weight, 0.01)
+    trunc_normal_tf_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)
     return layer
 
@@ -69,9 +71,7 @@ class ASPPSemanticHead(nn.Module):
         input_shape: shape of each encoder map by name; stage2, stage3 and stage5 are read.
         num_classes: K; the output has K + 1 channels, void last.
         act_layer: the encoder's own activation, applied to its raw stage2 and stage3.
-        channels: channels of the ASPP and of the fused maps.
-        low_level_channels: channels that stage3 and stage2 are projected to.
-        norm: name of the batch norm.
+        channels, low_level_channels: of the ASPP and the fused maps, and that stage3 and stage2 are projected to.
     """
 
     @configurable
@@ -103,15 +103,9 @@ class ASPPSemanticHead(nn.Module):
     @classmethod
     def from_config(cls, cfg, input_shape: dict[str, ShapeSpec], act_layer: type[nn.Module]) -> dict:
         """Reads the constructor's arguments from a config."""
-        options = cfg.MODEL.KMAX.SEMANTIC_HEAD
-        return {
-            "input_shape": input_shape,
-            "num_classes": cfg.MODEL.KMAX.NUM_CLASSES,
-            "norm": cfg.MODEL.KMAX.NORM,
-            "act_layer": act_layer,
-            "channels": options.CHANNELS,
-            "low_level_channels": tuple(options.LOW_LEVEL_CHANNELS),
-        }
+        kmax = cfg.MODEL.KMAX
+        options = keyword_arguments(kmax.SEMANTIC_HEAD) | {"num_classes": kmax.NUM_CLASSES, "norm": kmax.NORM}
+        return options | {"input_shape": input_shape, "act_layer": act_layer}
 
     def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
         """The encoder's maps by name to logits (B, K + 1, H / 4, W / 4)."""
@@ -124,14 +118,7 @@ class ASPPSemanticHead(nn.Module):
 
 @SEMANTIC_HEAD_REGISTRY.register()
 class PointwiseSemanticHead(nn.Module):
-    """Logits at the stride of stage5, from that map alone (Cityscapes).
-
-    Args:
-        input_shape: shape of each encoder map by name; stage5 is read.
-        num_classes: K; the output has K channels, none for void.
-        channels: channels of the map before the logits.
-        norm: name of the batch norm.
-    """
+    """Logits at the stride of stage5, from that map alone (Cityscapes). They have K channels, none for void."""
 
     @configurable
     def __init__(self, input_shape: dict[str, ShapeSpec], num_classes: int, *, norm: str, channels: int = 256):
@@ -142,12 +129,9 @@ class PointwiseSemanticHead(nn.Module):
     @classmethod
     def from_config(cls, cfg, input_shape: dict[str, ShapeSpec], act_layer: type[nn.Module]) -> dict:
         """Reads the constructor's arguments from a config."""
-        return {
-            "input_shape": input_shape,
-            "num_classes": cfg.MODEL.KMAX.NUM_CLASSES,
-            "norm": cfg.MODEL.KMAX.NORM,
-            "channels": cfg.MODEL.KMAX.SEMANTIC_HEAD.CHANNELS,
-        }
+        kmax = cfg.MODEL.KMAX
+        options = {"num_classes": kmax.NUM_CLASSES, "norm": kmax.NORM, "channels": kmax.SEMANTIC_HEAD.CHANNELS}
+        return options | {"input_shape": input_shape}
 
     def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
         """The encoder's maps by name to logits (B, K, H / 32, W / 32)."""

@@ -4,8 +4,9 @@ from .checkpoint import checkpoint_blocks
 from .compile import COMPILE_MODES, compile_model
 from .fold import fold_batch_norms
 from .memory import keep_freed_memory
-from .precision import PRECISIONS, require_precision, use_precision
+from .precision import PRECISIONS, use_precision
 from .ready import inference_model, training_model
+from .top_two import top_two_on_gpu
 
 __all__ = [
     "COMPILE_MODES",
@@ -15,7 +16,7 @@ __all__ = [
     "fold_batch_norms",
     "inference_model",
     "keep_freed_memory",
-    "require_precision",
+    "top_two_on_gpu",
     "training_model",
     "use_precision",
 ]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from ..modeling.predictor import Predictor
@@ -21,12 +22,6 @@ def checkpoint_blocks(model: nn.Module) -> nn.Module:
     These are the residual blocks of encoder and pixel decoder, the kMaX decoders, the final predictor and the semantic
     head. Gradients, running statistics and dropped paths stay what they are without checkpointing. Parts that
     `torch.compile` runs are left to the compiler.
-
-    Args:
-        model: of any kind.
-
-    Returns:
-        The model.
     """
     for module in _blocks(model):
         module.forward = functools.partial(_forward, module, module.forward)
@@ -45,15 +40,10 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 def _forward(module: nn.Module, forward: Callable, *inputs: object) -> object:
     trains = module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    tensors = [x for value in inputs for x in (value.values() if isinstance(value, dict) else [value])]
-    if not trains or sum(x.numel() for x in tensors if isinstance(x, torch.Tensor)) < SMALLEST:
+    if not trains or sum(x.numel() for x in tree_leaves(inputs) if isinstance(x, torch.Tensor)) < SMALLEST:
         return forward(*inputs)
-    return checkpoint(
-        forward,
-        *inputs,
-        use_reentrant=False,
-        context_fn=lambda: (contextlib.nullcontext(), _statistics_frozen(module)),
-    )
+    contexts = contextlib.nullcontext(), _statistics_frozen(module)
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=lambda: contexts)
 
 
 @contextlib.contextmanager

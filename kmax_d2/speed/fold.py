@@ -38,11 +38,8 @@ def fold_batch_norms(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn
     At inference a batch norm is an affine map of each channel, which the weights of the linear map before it can
     hold. Norms of another kind, such as group norms, stay. The copy has other parameters than the model: load
     checkpoints into the model, and fold again after each change of its weights. The copy cannot be trained.
-
-    Args:
-        model: of any kind.
-        dtype: of the weights of convolutions and linear maps. A type other than float32 is for running the copy under
-            autocast to that type, which would otherwise convert them for each batch.
+    A `dtype` of convolutions and linear maps other than float32 is for running the copy under autocast to that type,
+    which would otherwise convert their weights for each batch.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for module in list(model.modules()):
@@ -55,15 +52,13 @@ def fold_batch_norms(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn
             module.act = _in_place(module.act)
         if isinstance(module, nn.Sequential):
             # Nothing else reads the raw sum between two blocks of a stage.
-            for block in list(module)[1:]:
-                if isinstance(block, ResidualBlock):
-                    block.act = _in_place(block.act)
-    if dtype != torch.float32:
-        # The update of the centers is in float32, also under autocast.
-        kept = {module.projection.linear for module in model.modules() if isinstance(module, KMeansCrossAttention)}
-        for module in model.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)) and module not in kept:
-                module.to(dtype)
+            for block in [block for block in list(module)[1:] if isinstance(block, ResidualBlock)]:
+                block.act = _in_place(block.act)
+    # The update of the centers is in float32, also under autocast.
+    kept = {module.projection.linear for module in model.modules() if isinstance(module, KMeansCrossAttention)}
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module not in kept:
+            module.to(dtype)
     return model
 
 

@@ -8,35 +8,21 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError, did_you_mean
+from ..errors import UserError
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
-
-
-def require_precision(precision: str) -> None:
-    """Raises UserError for a name that is not in PRECISIONS."""
-    if precision not in PRECISIONS:
-        known = f"{', '.join(PRECISIONS[:-1])} and {PRECISIONS[-1]}"
-        raise UserError(
-            f"the precision of inference (MODEL.KMAX.TEST.PRECISION) is {precision}, but there are "
-            f"{known}{did_you_mean(str(precision), PRECISIONS)}"
-        )
 
 
 @contextlib.contextmanager
 def use_precision(precision: str, device: str) -> Iterator[None]:
     """Runs what is inside in one precision; afterwards PyTorch's settings are as before.
 
-    Args:
-        precision: "float32", every product in full float32, which PyTorch's own default for convolutions is not;
-            "tf32", products of float32 with 10 bits of mantissa on the tensor cores of a GPU, and float32 elsewhere;
-            "bfloat16", autocast.
-        device: where the model is, such as "cpu" or "cuda:0".
-
-    Raises:
-        UserError: there is no such precision.
+    "float32" is every product in full float32, which PyTorch's own default for convolutions is not; "tf32" is products
+    of float32 with 10 bits of mantissa on the tensor cores of a GPU, and float32 elsewhere; "bfloat16" is autocast. The
+    device is where the model is, such as "cpu" or "cuda:0". Raises UserError for another precision.
     """
-    require_precision(precision)
+    if precision not in PRECISIONS:
+        raise UserError(f"the precision is {precision}, but there are {', '.join(PRECISIONS)}")
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
     try:

@@ -17,24 +17,13 @@ def top_two_in_one_kernel(
     """:func:`~kmax_d2.modeling.top_two.top_two_queries` on a GPU, which never waits for it."""
     logits = mask_logits.contiguous()
     queries, height, width = logits.shape
-    query = torch.empty(2, *size, dtype=torch.int64, device=logits.device)
+    query = torch.empty(2, *size, dtype=torch.int16, device=logits.device)
     probability = torch.empty(2, *size, dtype=torch.float32, device=logits.device)
     grid = triton.cdiv(size[1], TILE_WIDTH), triton.cdiv(size[0], TILE_HEIGHT)
+    spacing = ((n - 1) * share / max(m - 1, 1) for n, m, share in zip((height, width), size, extent, strict=True))
+    numbers = queries, height, width, *size, *spacing
     with torch.cuda.device_of(logits):  # Triton launches on the current one
-        top_two_kernel[grid](
-            logits,
-            query,
-            probability,
-            queries,
-            height,
-            width,
-            *size,
-            (height - 1) * extent[0] / max(size[0] - 1, 1),
-            (width - 1) * extent[1] / max(size[1] - 1, 1),
-            TILE_HEIGHT,
-            TILE_WIDTH,
-            num_warps=WARPS,
-        )
+        top_two_kernel[grid](logits, query, probability, *numbers, TILE_HEIGHT, TILE_WIDTH, num_warps=WARPS)
     return query, probability
 
 
@@ -96,7 +85,7 @@ def top_two_kernel(
     inside = (row < out_height) & (column < out_width)
     place = row * out_width + column
     area = out_height * out_width
-    tl.store(query + place, first.to(tl.int64), inside)
-    tl.store(query + area + place, second.to(tl.int64), inside)
+    tl.store(query + place, first.to(tl.int16), inside)
+    tl.store(query + area + place, second.to(tl.int16), inside)
     tl.store(probability + place, 1 / partition, inside)
     tl.store(probability + area + place, tl.exp(runner_up - best) / partition, inside)

@@ -54,7 +54,7 @@ from ..engine import ready_config
 from ..engine.setup import PANOPTIC_ONLY
 from ..errors import UserError
 from ..modeling.axial_attention import AxialAttention1D
-from ..speed import compile_model, inference_model, keep_freed_memory, use_precision
+from ..speed import compile_model, inference_model, keep_freed_memory, training_model, use_precision
 from .made_up import MadeUpMerging, made_up_prediction, made_up_segments
 
 BASELINE = "ResNet-50 body"
@@ -124,6 +124,7 @@ def build_task(args: argparse.Namespace, stages: bool) -> Task:
         return {"total": in_context(lambda: [model.merging(*logits, tuple(args.size)) for _ in images], args)}
     task: Task = {"total": lambda: model(inputs)}
     if args.mode == "training":
+        model = training_model(model, cfg)
         task["forward"], weights = task["total"], list(model.parameters())
         task["total"] = lambda: torch.autograd.grad(sum(model(inputs).values()), weights)
     else:

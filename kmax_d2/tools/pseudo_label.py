@@ -43,7 +43,7 @@ from ..errors import UserError
 from ..files import make_folder, whole_file
 from ..images import images_in
 from ..parallel import parallel_map
-from ..speed import require_precision, use_precision
+from ..speed import use_precision
 
 
 def categories_of(cfg: CfgNode) -> list[dict]:
@@ -128,7 +128,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if count > 1:
         raise UserError(f"{count} images in {args.input} are named {stem} except for their suffix; rename them")
     cfg = ready_config(args.config_file, args.opts, PANOPTIC_ONLY)
-    require_precision(cfg.MODEL.KMAX.TEST.PRECISION)
     categories, name = categories_of(cfg), f"panoptic_{args.input.resolve().name}"
     folder = make_folder(args.output / name)
     remember_model(cfg, folder)

@@ -1,8 +1,7 @@
 """Pixel encoders, found by `MODEL.BACKBONE.NAME` in Detectron2's registry."""
 
 from .convnext import KMaXConvNeXt
-from .max_s import KMaXMaXS
-from .resnet import KMaXResNet
+from .resnet import KMaXMaXS, KMaXResNet
 from .timm_backbone import KMaXTimm
 
 __all__ = ["KMaXConvNeXt", "KMaXMaXS", "KMaXResNet", "KMaXTimm"]

@@ -10,12 +10,12 @@ from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
+from timm.layers import trunc_normal_tf_
 from timm.models.convnext import ConvNeXt
 from torch import nn
 
 from ...errors import UserError
 from ..build import keyword_arguments
-from ..layers import truncated_normal_
 
 
 @BACKBONE_REGISTRY.register()
@@ -25,8 +25,7 @@ class KMaXConvNeXt(Backbone):
     Parameters have timm's names, without those of its head.
 
     Args:
-        depths: blocks in each of the four stages.
-        widths: channels of each of them.
+        depths, widths: blocks and channels of each of the four stages.
         drop_path: probability of dropping the last block's residual branch, linear from 0 at the first block.
     """
 
@@ -47,7 +46,7 @@ class KMaXConvNeXt(Backbone):
         self.stem, self.stages = net.stem, net.stages
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
-                truncated_normal_(module.weight, 0.02)  # timm truncates at 2, a hundred standard deviations
+                trunc_normal_tf_(module.weight, std=0.02)  # timm truncates at 2, a hundred standard deviations
         self._out_features = ["stage1", "stage2", "stage3", "stage4", "stage5"]
         self._out_feature_channels = dict(zip(self._out_features, [widths[0], *widths], strict=True))
         self._out_feature_strides = dict(zip(self._out_features, [4, 4, 8, 16, 32], strict=True))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any
 
 import timm
 import torch
@@ -60,7 +60,7 @@ class KMaXTimm(Backbone):
         self.index = {STAGES[s]: index for index, s in enumerate(info.reduction()) if s in STAGES}
         missing = [stage for stage in required if stage not in self.index]
         if missing:
-            strides = ", ".join(str(stride) for stride in sorted(set(info.reduction())))
+            strides = ", ".join(map(str, sorted(set(info.reduction()))))
             raise UserError(
                 f"timm's {name} has no maps for {', '.join(missing)} of MODEL.KMAX.PIXEL_DECODER.IN_FEATURES: stage1 "
                 f"to stage5 have output strides 2, 4, 8, 16, 32, and this model's are {strides}"
@@ -127,12 +127,12 @@ def _create(name: str, pretrained: bool) -> nn.Module:
     """Builds timm's model, which returns the list of its maps. Raises UserError if timm cannot build it."""
     if not timm.is_model(name):
         raise UserError(f"MODEL.KMAX.TIMM.NAME: timm has no model {name}{did_you_mean(name, timm.list_models())}")
-    options: dict[str, Any] = {"pretrained": pretrained, "features_only": True}
+    create = functools.partial(timm.create_model, name, pretrained=pretrained, features_only=True)
     try:
         try:
-            return timm.create_model(name, strict_img_size=False, **options)  # windowed attention at any size
+            return create(strict_img_size=False)  # windowed attention at any size
         except TypeError:  # no such argument
-            return timm.create_model(name, **options)
+            return create()
     except OSError as error:
         raise UserError(
             f"timm's weights of {name} cannot be downloaded: set MODEL.KMAX.TIMM.PRETRAINED False, or run again where "

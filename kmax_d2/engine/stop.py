@@ -1,0 +1,68 @@
+"""A signal ends training after the current step, with a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+STOPPED = 75  # exit status: stopped by a signal, `--resume` continues (EX_TEMPFAIL of sysexits.h)
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+
+
+class Stopped(SystemExit):
+    """Training ended by a signal after a checkpoint was saved."""
+
+    def __init__(self) -> None:
+        super().__init__(STOPPED)
+
+
+class StopOnSignal(HookBase):
+    """At SIGTERM, SIGINT, or SIGUSR1 finishes the step, saves a checkpoint, and raises :class:`Stopped` everywhere.
+
+    An evaluation is not finished. A second signal ends the process at once. Register it just before the evaluation.
+    """
+
+    def before_train(self) -> None:
+        """Installs the handlers, where Python allows that: in the main thread."""
+        self._received, self._between_steps, self._pid = False, False, os.getpid()
+        self._earlier = {}
+        if threading.current_thread() is threading.main_thread():
+            self._earlier = {number: signal.signal(number, self._receive) for number in SIGNALS}
+
+    def before_step(self) -> None:
+        """From here on, a signal waits for the end of the step."""
+        self._between_steps = False
+
+    def after_step(self) -> None:
+        """Stops if any process got a signal."""
+        if any(comm.all_gather(self._received)):
+            self._save()
+            comm.synchronize()  # no process ends while another one saves
+            raise Stopped
+        self._between_steps = True
+
+    def after_train(self) -> None:
+        """Puts the earlier handlers back."""
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return  # a worker of the data loader, which lives as long as its parent
+        if self._received:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(self._pid, number)
+        self._received = True
+        if self._between_steps and comm.is_main_process():
+            self._save()
+            raise Stopped
+
+    def _save(self) -> None:
+        if comm.is_main_process():
+            iteration = self.trainer.iter
+            self.trainer.checkpointer.save(f"model_{iteration:07d}", iteration=iteration)

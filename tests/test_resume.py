@@ -1,0 +1,208 @@
+"""A run that was interrupted goes on as if nothing had happened; some of the interruptions are real."""
+
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import programs
+import pytest
+import small
+import torch
+from detectron2.utils.env import seed_all_rng
+from runs import arguments, start_train_net, train_net, write_own_data
+
+from kmax_d2.checkpoint import newest_checkpoint
+from kmax_d2.engine import Trainer, setup
+from kmax_d2.engine.stop import STOPPED
+from kmax_d2.errors import UserError
+from kmax_d2.files import lock_folder
+
+STEPS, BREAK = 4, 2
+
+
+@pytest.fixture(scope="module")
+def own_data(tmp_path_factory):
+    return write_own_data(tmp_path_factory.mktemp("own"))
+
+
+def loaded(file):
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def assert_same(one, other, name="checkpoint"):
+    """Compares nested training states bit by bit."""
+    assert type(one) is type(other), name
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), name
+        for key in one:
+            assert_same(one[key], other[key], f"{name}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), name
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{name}[{index}]")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), name
+    else:
+        assert one == other, name
+
+
+def run(own_data, folder, **changes):
+    """Trains in this process, resuming what the folder has; returns the losses by iteration."""
+    changes = {"SOLVER__MAX_ITER": STEPS, "SOLVER__CHECKPOINT_PERIOD": BREAK} | changes
+    seed_all_rng(1)
+    trainer = Trainer(setup(arguments(own_data, OUTPUT_DIR=str(folder), **changes)))
+    trainer.resume_or_load(resume=True)
+    trainer.train()
+    return {step: loss for loss, step in trainer.storage.history("total_loss").values()}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"DATALOADER__NUM_WORKERS": 1, "SEED": -1, "SOLVER__EMA__ENABLED": True},
+        {"DATALOADER__NUM_WORKERS": 2, "INPUT__COPY_PASTE": False},
+    ],
+    ids=["plain", "seed drawn, averaged", "two workers"],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(own_data, tmp_path, changes):
+    changes |= {"MODEL__KMAX__TRANSFORMER_DECODER__DROP_PATH": 0.3}
+    whole = run(own_data, tmp_path / "whole", **changes)
+    (tmp_path / "resumed").mkdir()
+    shutil.copy(tmp_path / "whole" / f"model_{BREAK - 1:07d}.pth", tmp_path / "resumed")
+    rest = run(own_data, tmp_path / "resumed", **changes)
+    assert list(rest) == [2, 3]
+    assert rest.items() <= whole.items()
+    assert_same(*(loaded(tmp_path / name / "model_final.pth") for name in ("whole", "resumed")))
+
+
+def test_workers_do_not_change_the_run(own_data, tmp_path):
+    losses = [run(own_data, tmp_path / str(n), DATALOADER__NUM_WORKERS=n, SOLVER__MAX_ITER=3) for n in (0, 2)]
+    assert losses[0] == losses[1]
+
+
+def test_another_batch_size_goes_on_with_the_next_samples(own_data, tmp_path):
+    def order(loader, number):
+        batches = (batch for batch, _ in zip(loader, range(number), strict=False))
+        return [sample["file_name"] for batch in batches for sample in batch]
+
+    run(own_data, tmp_path, SOLVER__MAX_ITER=1)
+    changes = {"OUTPUT_DIR": str(tmp_path), "SOLVER__IMS_PER_BATCH": 1}
+    trainer = Trainer(setup(arguments(own_data, **changes)))
+    every = order(trainer._trainer.data_loader, 6)
+    trainer.resume_or_load(resume=True)
+    assert order(trainer._trainer.data_loader, 4) == every[2:]
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.05)
+
+
+def interrupted(own_data, folder, *options, number):
+    """Starts a run, sends it a signal after its first checkpoint; returns its exit status."""
+    process = start_train_net(folder, own_data, *options, SOLVER__MAX_ITER=500, SOLVER__CHECKPOINT_PERIOD=1)
+    try:
+        wait_for(lambda: list(Path(folder).glob("model_*.pth")), process)
+        process.send_signal(number)
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return process.returncode
+
+
+def test_a_signal_ends_the_run_with_a_checkpoint_and_a_status_of_its_own(own_data, tmp_path):
+    assert interrupted(own_data, tmp_path, number=signal.SIGTERM) == STOPPED
+    steps = loaded(newest_checkpoint(tmp_path))["iteration"] + 3
+    again = train_net(tmp_path, own_data, "--resume", SOLVER__MAX_ITER=steps)
+    assert again.returncode == 0 and f"Starting training from iteration {steps - 2}" in again.stdout
+
+
+def refusal(own_data, folder, *options, **changes):
+    """Returns the one line with which train_net.py refuses to run, in this process."""
+    changes = {"OUTPUT_DIR": str(folder), "MODEL__WEIGHTS": ""} | changes
+    with pytest.raises(UserError) as refused:
+        program = programs.load(programs.TRAIN_NET)
+        files = ("--train-data", *own_data["train"], "--test-data", *own_data["val"])
+        program.main([*files, *options, *map(str, small.options(**changes))])
+    return str(refused.value)
+
+
+def test_a_run_is_not_started_over_another_one_nor_without_what_it_needs(own_data, tmp_path, monkeypatch):
+    assert "evaluates the last checkpoint, but" in refusal(own_data, tmp_path, "--eval-only", "--resume")
+    assert "needs MODEL.WEIGHTS" in refusal(own_data, tmp_path, "--eval-only")
+    run(own_data, tmp_path / "finished", SOLVER__MAX_ITER=1)
+    assert "continue it with --resume" in refusal(own_data, tmp_path / "finished")
+    lock_folder(tmp_path / "in use")
+    assert "another run writes to" in refusal(own_data, tmp_path / "in use")
+    assert "must be at least 1" in refusal(own_data, tmp_path, "--num-gpus", "0")
+    assert "--num-machines needs --dist-url" in refusal(own_data, tmp_path, "--num-machines", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert "leave out --num-gpus" in refusal(own_data, tmp_path, "--num-gpus", "2")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+def test_a_signal_to_the_launcher_ends_both_processes(own_data, tmp_path, number):
+    assert interrupted(own_data, tmp_path, "--num-gpus", "2", number=number) == STOPPED
+    assert subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout == ""
+    assert loaded(newest_checkpoint(tmp_path))["iteration"] >= 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_resumes(own_data, tmp_path, processes):
+    assert interrupted(own_data, tmp_path, "--num-gpus", str(processes), number=signal.SIGKILL) == -signal.SIGKILL
+    time.sleep(5)
+    assert subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout == ""
+    steps = loaded(newest_checkpoint(tmp_path))["iteration"] + 3
+    run = train_net(tmp_path, own_data, "--resume", "--num-gpus", str(processes), SOLVER__MAX_ITER=steps)
+    assert run.returncode == 0, run.stderr
+    assert loaded(tmp_path / "model_final.pth")["iteration"] == steps - 1
+    assert not list(tmp_path.glob(".*.part*"))
+
+
+def test_torchrun_trains_once_in_two_processes(own_data, tmp_path):
+    run = train_net(tmp_path, own_data, torchrun=2, SOLVER__MAX_ITER=2)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("Starting training from iteration 0") == 1
+    state = loaded(tmp_path / "model_final.pth")["trainer"]["_trainer"]
+    assert state["samples"] == 4
+
+
+def damage(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def test_resuming_goes_back_to_the_newest_whole_checkpoint(own_data, tmp_path, caplog):
+    run(own_data, tmp_path, SOLVER__MAX_ITER=2, SOLVER__CHECKPOINT_PERIOD=1)
+    damage(tmp_path / "model_final.pth")
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "model_0000001.pth")
+    assert "model_final.pth is missing or damaged: going back to" in caplog.text
+    (tmp_path / "last_checkpoint").write_text("")
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "model_0000001.pth")
+    (tmp_path / "last_checkpoint").write_text("../../model_0000000.pth")
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "model_0000000.pth")
+    for file in tmp_path.glob("model_*.pth"):
+        damage(file)
+    with pytest.raises(UserError, match=r"neither model_.* nor an earlier one"):
+        newest_checkpoint(tmp_path)
+
+
+def test_old_checkpoints_are_removed_where_asked_for(own_data, tmp_path):
+    run(own_data, tmp_path, SOLVER__MAX_ITER=4, SOLVER__CHECKPOINT_PERIOD=1, SOLVER__KEEP_CHECKPOINTS=2)
+    kept = sorted(file.name for file in tmp_path.glob("*.pth"))
+    assert kept == ["model_0000002.pth", "model_0000003.pth", "model_final.pth"]
+
+
+def test_another_number_of_classes_cannot_be_resumed(own_data, tmp_path):
+    run(own_data, tmp_path, SOLVER__MAX_ITER=1)
+    state = loaded(tmp_path / "model_final.pth")
+    name = "transformer_decoder.predictor.class_head.bias"
+    state["model"][name] = state["model"][name][1:]
+    torch.save(state, tmp_path / "model_final.pth")
+    with pytest.raises(UserError, match=r"class_head.bias has shape \(9,\), not \(10,\)"):
+        run(own_data, tmp_path)
