@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable
+from concurrent.futures import BrokenExecutor
 from types import TracebackType
 
 
@@ -46,7 +47,7 @@ def _one_line(error: BaseException) -> str:
         name = name.rpartition(".")[-1]
     if name.endswith("MemoryError") or re.search("DefaultCPUAllocator|out of memory", text):
         return f"error: not enough memory: use a smaller image, batch, or model {text.partition('. ')[0]}"
-    known = isinstance(error, (UserError, OSError)) or name == UserError.__name__
+    known = isinstance(error, (UserError, OSError, BrokenExecutor)) or name == UserError.__name__
     if known or issubclass(getattr(builtins, name, object), OSError):
         return f"error: {' '.join(re.sub(r'^.Errno -?[0-9]+. ', '', text).split())}"
     return ""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
 
 from tqdm import tqdm
-from tqdm.contrib.concurrent import process_map
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -36,9 +35,6 @@ def parallel_map(
     bar: dict[str, Any] = {"desc": description, "total": len(items), "mininterval": 0.5, "dynamic_ncols": True}
     if workers <= 1:
         return list(tqdm(map(function, items), **bar))
-    return process_map(functools.partial(_call, function), items, max_workers=workers, chunksize=1, **bar)
-
-
-def _call(function: Callable[[Item], Result], item: Item) -> Result:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, and so its workers
-    return function(item)
+    # Ctrl-C ends this process, and with it the others.
+    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+        return list(tqdm(pool.map(function, items), **bar))
