@@ -18,12 +18,19 @@ class ConfigParser(argparse.ArgumentParser):
         doc: the program's docstring, shown by ``--help``.
         config_file: whether ``--config-file`` is required; None leaves it out.
         weights: whether there is ``--weights``.
+        overwrite: whether there is ``--overwrite``.
         options: "opts" for NAME VALUE pairs anywhere after the program's own positional arguments; "--opts" if they
             must follow that flag, because the program takes a list of something else.
     """
 
     def __init__(
-        self, doc: str, *, config_file: bool | None = True, weights: bool = False, options: str | None = "opts"
+        self,
+        doc: str,
+        *,
+        config_file: bool | None = True,
+        weights: bool = False,
+        overwrite: bool = False,
+        options: str | None = "opts",
     ):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         self._options = options
@@ -32,6 +39,9 @@ class ConfigParser(argparse.ArgumentParser):
             self.add_argument("--config-file", required=config_file, metavar="FILE", help=text)
         if weights:
             self.add_argument("--weights", metavar="FILE", help="checkpoint; short for the option MODEL.WEIGHTS")
+        if overwrite:
+            text = "write over files that kmax_d2 did not make"
+            self.add_argument("--overwrite", action="store_true", help=text)
 
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Parses arguments, None for those of the process; ``--weights`` becomes one of the options in "opts"."""

@@ -20,6 +20,7 @@ from ..checkpoint import load_weights
 from ..checkpoint.download import download, is_address
 from ..data.datasets import coco_panoptic
 from ..errors import UserError, did_you_mean
+from ..files import own_folder
 from ..options import check, default_config, merge_file, merge_pairs, set_test_size
 from ..speed import inference_model
 
@@ -99,7 +100,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
         args.config_file = str(config_file(args.config_file))  # Detectron2 reads the file too, for its log
     own = (("DATASETS.OWN_TRAIN", args.train_data), ("DATASETS.OWN_TEST", args.test_data))
     overrides = [part for name, files in own if files for part in (name, files)]
-    return ready_config(args.config_file, args.opts, overrides)
+    cfg = ready_config(args.config_file, args.opts, overrides)
+    for name in cfg.DATASETS.TEST if cfg.MODEL.KMAX.TEST.SAVE_PREDICTIONS else ():
+        own_folder(Path(cfg.MODEL.KMAX.TEST.SAVE_PREDICTIONS) / name)  # before the time it takes to predict
+    return cfg
 
 
 def prepare_datasets(cfg: CfgNode) -> None:
