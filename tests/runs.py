@@ -23,11 +23,12 @@ def write_own_data(folder):
     }
 
 
-def start_train_net(output, own_data, *arguments, torchrun=0, **changes):
+def start_train_net(output, own_data, *arguments, torchrun=0, restarts=0, **changes):
     """Starts train_net.py on own data, in as many processes of torchrun as given; changes are as for `options`."""
     command = [sys.executable]
     if torchrun:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun)]
+        command += ["--max-restarts", str(restarts)]
     command += [str(ROOT / "train_net.py"), "--train-data", *own_data["train"], "--test-data", *own_data["val"]]
     command += [*arguments, *(str(part) for part in options(OUTPUT_DIR=output, **changes))]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

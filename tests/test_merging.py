@@ -231,23 +231,16 @@ def test_segments_below_the_area_limit_become_void(limit, expected):
     assert [segment["area"] for segment in result.segments] == [n for n in (expected.count(1), expected.count(2)) if n]
 
 
-def test_no_confident_query_gives_void():
+@pytest.mark.parametrize(("label", "scale"), [(-1, 10), (0, 0)], ids=["query", "mask"])
+def test_nothing_confident_gives_void(label, scale):
     class_logits = torch.zeros(5, 7)
-    class_logits[:, -1] = 10.0
-    mask_logits = torch.randn(5, 9, 9) * 10
-    result = MaskWiseMerging(IS_THING, thing_area_limit=0, stuff_area_limit=0)(class_logits, mask_logits, (33, 33))
+    class_logits[:, label] = 10.0
+    merging = MaskWiseMerging(IS_THING, thing_area_limit=0, stuff_area_limit=0)
+    result = merging(class_logits, torch.randn(5, 9, 9) * scale, (33, 33))
     assert result.segments == []
     assert result.segment_ids.shape == (33, 33)
     assert not result.segment_ids.any()
-
-
-def test_no_confident_mask_gives_void():
-    class_logits = torch.zeros(5, 7)
-    class_logits[:, 0] = 10.0
-    result = MaskWiseMerging(IS_THING, thing_area_limit=0)(class_logits, torch.zeros(5, 9, 9), (33, 33))
-    assert result.segments == []
-    assert not result.segment_ids.any()
-    assert not result.query_score.any()
+    assert result.query_score.any() == (scale > 0)
 
 
 def test_query_scores():

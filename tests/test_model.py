@@ -71,28 +71,6 @@ def test_one_hot_classes_are_computed_when_read(decisive):
         result["proposals"]
 
 
-@pytest.mark.parametrize("size", [(65, 65), (50, 71)])
-@torch.no_grad()
-def test_boxes_bound_their_masks_tightly(decisive, size):
-    (result,) = decisive([{"image": picture(*size), "height": 90, "width": 60}])
-    instances = result["instances"]
-    assert len(instances) >= 2
-    for mask, box in zip(instances.pred_masks, instances.pred_boxes.tensor.tolist(), strict=True):
-        rows, columns = mask.nonzero().unbind(1)
-        assert box == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-
-
-@torch.no_grad()
-def test_most_confident_instances_are_kept(decisive):
-    few = build_decisive(MODEL__KMAX__TEST__MAX_INSTANCES=2)
-    few.load_state_dict(decisive.state_dict())
-    image = picture(65, 65)
-    instances, best = (model([{"image": image}])[0]["instances"] for model in (decisive, few))
-    assert len(instances) > 2
-    assert torch.equal(best.scores, instances.scores[:2])
-    assert torch.equal(best.pred_masks, instances.pred_masks[:2])
-
-
 @pytest.mark.parametrize(
     ("wanted", "key"), [("PANOPTIC", "panoptic_seg"), ("SEMANTIC", "semantic"), ("INSTANCE", "instances")]
 )
@@ -136,6 +114,19 @@ def test_results_have_the_original_size(any_model, original):
             assert segment["area"] == (segment_ids == segment["id"]).sum()
         found += len(segments)
     assert found >= 2 * len(SIZES)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (33, 1)])
+@torch.no_grad()
+def test_images_of_a_pixel_or_a_line(any_model, size):
+    torch.full((10**5,), torch.nan)  # in memory that is free again
+    whole, half = any_model([{"image": picture(*size)}, {"image": picture(*size), "height": 1, "width": 1}])
+    assert whole["semantic"].shape == whole["panoptic_seg"][0].shape == size
+    assert half["semantic"].shape == half["panoptic_seg"][0].shape == (1, 1)
+    assert whole["semantic"].min() >= 0 and whole["semantic"].max() < NUM_CLASSES
+    if size == (1, 1):
+        assert torch.equal(whole["panoptic_seg"][0], half["panoptic_seg"][0])
+        assert torch.equal(whole["semantic"], half["semantic"])
 
 
 @torch.no_grad()

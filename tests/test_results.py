@@ -12,6 +12,7 @@ from kmax_d2.checkpoint import KMaXCheckpointer
 from kmax_d2.data.datasets import shapes
 from kmax_d2.engine import load_config
 from kmax_d2.errors import UserError
+from kmax_d2.modeling import top_two
 from kmax_d2.modeling.kmax_deeplab import KMaXDeepLab
 from kmax_d2.modeling.merging import MaskWiseMerging
 from kmax_d2.modeling.postprocess import Postprocessor, query_classes
@@ -127,9 +128,6 @@ def test_panoptic_instances(case):
         assert found.scores[index].item() == pytest.approx(score, rel=1e-4)
         assert found.pred_classes[index].item() == label
         assert torch.equal(found.pred_masks[index], mask)
-        rows, columns = (torch.nonzero(mask.any(axis)).flatten() for axis in (1, 0))
-        box = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
-        assert found.pred_boxes.tensor[index].tolist() == [float(side) for side in box]
     assert found.pred_masks.sum(0).max() == 1
     few = instances("panoptic", merged, real, size, max_instances=1)
     assert torch.equal(few.pred_masks, found.pred_masks[:1])
@@ -166,6 +164,34 @@ def test_query_instances(case):
         assert found.scores[index].item() == pytest.approx(score, rel=1e-4)
         assert found.pred_classes[index].item() == label
         assert (found.pred_masks[index] != mask).sum() <= 1  # a probability at the threshold
+
+
+def test_strips_give_what_the_whole_gives(case, monkeypatch):
+    class_logits, mask_logits, place, real, size = case
+
+    def compute():
+        merged = merging()(class_logits, mask_logits, *place)
+        found = [instances(kind, merged, real, size) for kind in ("panoptic", "query")]
+        maps = [*merged[:1], *merged[2:], query_classes(merged)]
+        maps += [marginal_classes(class_logits, mask_logits, *place)]
+        maps += [x for one in found for x in (one.pred_masks, one.pred_boxes.tensor, one.pred_classes, one.scores)]
+        return [*maps, torch.tensor([segment["area"] for segment in merged.segments])]
+
+    whole = compute()
+    monkeypatch.setattr(top_two, "PIXELS_AT_ONCE", 5 * size[1] + 3)  # the last strip has fewer rows
+    monkeypatch.setattr(top_two, "LOGITS_PER_THREAD", 9 * 3 * size[1])
+    for one, other in zip(whole, compute(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["panoptic", "query"])
+def test_boxes_bound_their_masks_tightly(case, kind):
+    class_logits, mask_logits, place, real, size = case
+    found = instances(kind, merging()(class_logits, mask_logits, *place), real, size)
+    assert len(found) > 0
+    for mask, box in zip(found.pred_masks, found.pred_boxes.tensor.tolist(), strict=True):
+        rows, columns = mask.nonzero().unbind(1)
+        assert box == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
 
 
 def test_no_things_give_no_instances(prediction):

@@ -1,8 +1,12 @@
 """A run that was interrupted goes on as if nothing had happened; some of the interruptions are real."""
 
+import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,7 +15,7 @@ import pytest
 import small
 import torch
 from detectron2.utils.env import seed_all_rng
-from runs import arguments, start_train_net, train_net, write_own_data
+from runs import ROOT, arguments, start_train_net, train_net, write_own_data
 
 from kmax_d2.checkpoint import newest_checkpoint
 from kmax_d2.engine import Trainer, setup
@@ -206,3 +210,38 @@ def test_another_number_of_classes_cannot_be_resumed(own_data, tmp_path):
     torch.save(state, tmp_path / "model_final.pth")
     with pytest.raises(UserError, match=r"class_head.bias has shape \(9,\), not \(10,\)"):
         run(own_data, tmp_path)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_killed_process_from_the_last_checkpoint(own_data, tmp_path):
+    process = start_train_net(
+        tmp_path, own_data, "--resume", torchrun=2, restarts=3, SOLVER__MAX_ITER=40, SOLVER__CHECKPOINT_PERIOD=5
+    )
+    try:
+        wait_for(lambda: list(tmp_path.glob("model_0*.pth")), process)
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        stdout, stderr = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 0, stderr
+    starts = [int(number) for number in re.findall(r"Starting training from iteration (\d+)", stdout)]
+    assert len(starts) == 2 and starts[0] == 0 and starts[1] % 5 == 0 < starts[1]
+    assert loaded(tmp_path / "model_final.pth")["iteration"] == 39
+
+
+@pytest.mark.slow
+def test_the_slurm_script_of_the_docs_requeues_a_preempted_run(own_data, tmp_path):
+    (script,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)
+    files = ("--train-data", *own_data["train"], "--test-data", *own_data["val"])
+    options = small.options(OUTPUT_DIR=tmp_path / "out", SOLVER__MAX_ITER=500, SOLVER__CHECKPOINT_PERIOD=1)
+    command = shlex.join([sys.executable, str(ROOT / "train_net.py"), *files, "--resume", *map(str, options)])
+    script = re.sub(r"python train_net\.py .* &", lambda _: f"{command} &", script)
+    (tmp_path / "scontrol").write_text('#!/bin/bash\necho "$@" > "$(dirname "$0")/requeued"\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(["bash", "-c", script], env=environment)
+    wait_for(lambda: list((tmp_path / "out").glob("model_*.pth")), process)
+    process.send_signal(signal.SIGUSR1)
+    process.wait(timeout=120)
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"

@@ -8,7 +8,6 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -102,10 +101,7 @@ class KMaXCheckpointer(DetectionCheckpointer):
             return super().load(path)
         wanted = list(self.checkpointables if checkpointables is None else checkpointables)
         self.logger.info(f"[{type(self).__name__}] Loading from {path} ...")
-        heuristics = urlparse(path).query == "matching_heuristics=True"  # how Detectron2 asks for them
-        checkpoint = read_checkpoint(path.partition("?")[0] if heuristics else path, self.model, resume=bool(wanted))
-        if heuristics:
-            checkpoint["matching_heuristics"] = True
+        checkpoint = read_checkpoint(path, self.model, resume=bool(wanted))
         self._resumes = any(name in checkpoint for name in wanted)
         self._log_incompatible_keys(self._load_model(checkpoint))
         for name in wanted:
@@ -135,12 +131,11 @@ class KMaXCheckpointer(DetectionCheckpointer):
         if self.complete and backbone_only:
             raise UserError("the checkpoint holds only a backbone: set MODEL.WEIGHTS to weights of the whole model")
         if wrong:
-            detail = f"{min(wrong)} is missing"
-            if min(wrong) in shapes:
-                detail = "{} has shape {}, not {}".format(min(wrong), *shapes[min(wrong)])
+            first = min(wrong)
+            detail = "has shape {}, not {}".format(*shapes[first]) if first in shapes else "is missing"
             raise UserError(
-                f"the checkpoint is for another model: {len(wrong)} of {len(own)} weights do not fit, e.g. {detail}. "
-                "Was it trained with this config and dataset?"
+                f"the checkpoint is for another model: {len(wrong)} of {len(own)} weights do not fit, e.g. {first} "
+                f"{detail}. Was it trained with this config and dataset?"
             )
         part = ""
         if backbone_only:
@@ -151,8 +146,7 @@ class KMaXCheckpointer(DetectionCheckpointer):
             self.logger.warning(
                 f"{len(of_classes)} weights start from scratch: their class heads have another number of classes"
             )
-        # Detectron2 logs the rest.
-        missing = [name for name in result.missing_keys if name in own - of_classes]
+        missing = [name for name in result.missing_keys if name in own - of_classes]  # logged by Detectron2
         return result._replace(missing_keys=missing, incorrect_shapes=[])
 
 

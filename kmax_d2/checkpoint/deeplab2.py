@@ -2,90 +2,48 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
-from .rules import Rule, rename
+from .rules import COMMON, PLAIN_WORDS, Rule, from_zero, rename
 
 _CLASS_BIAS = "transformer_class_head/_conv/bias"  # one value per class and one for void
 
 
-def _from_zero(prefix: str) -> Callable[[re.Match], str]:
-    """Makes the replacement of a number that counts from 1 there and from 0 here."""
-    return lambda match: f"{prefix}{int(match[1]) - 1}"
-
-
 # Applied in order to a name with dots for slashes; each names one part of the model.
 _RULES: list[Rule] = [
+    *PLAIN_WORDS,
+    (r"^encoder\.", "backbone."),
+    (r"\.layer_with_weights-", "."),
     # Before the rule for blocks: our names leave out the transformer's only block.
-    (r"^transformer_decoder\._kmax_decoder\.(\d+)\._block1_transformer\.", r"transformer_decoder.layers.\1."),
-    (r"\._block(\d+)", _from_zero(".")),
-    (r"^semantic_decoder\._aspp\._aspp_conv(\d+)\._conv_bn_act", _from_zero("semantic_head.aspp.atrous.")),
-    (r"^semantic_decoder\._low_level_conv(\d+)", _from_zero("semantic_head.low_level.")),
-    (r"^semantic_decoder\._fusion_conv(\d+)\._conv1_bn_act", _from_zero("semantic_head.fuse.")),
+    (r"\.kmax_decoder\.(\d)\.block1_transformer\.", r".layers.\1."),
+    (r"\.block(\d+)", from_zero(".")),
+    (r"\.backbone_norms", ".input_norms"),
+    (r"\.skip_connections\.(\d)\.resized_conv_bn1", r".fusions.\1.coarse.1"),
+    (r"\.skip_connections\.(\d)\.resized_conv_bn2", r".fusions.\1.fine.1"),
     (r"^(pixel_space_|transformer_(class|mask)_head)", r"transformer_decoder.predictor.\1"),
-    (r"^transformer_decoder\._(class|mask)_embedding_projection", r"transformer_decoder.\1_projection"),
-    (r"^transformer_decoder\.cluster_centers", "transformer_decoder.centers"),
-    (r"\._auxiliary_clustering_predictor\.", ".predictor."),
-    (r"_?pixel_space_head\.conv_block\._conv1_bn_act\.", "pixel_head."),
-    (r"_?pixel_space_head\.final_conv", "pixel_projection"),
-    (r"_?pixel_space_feature_batch_norm", "pixel_norm"),
-    (r"_?pixel_space_mask_batch_norm", "mask_norm"),
-    (r"_?transformer_class_head\._conv", "class_head"),
-    (r"_?transformer_mask_head", "mask_embedding"),
-    (r"_pixel_conv1_bn_act", "pixel_projection"),
-    (r"_pixel_v_conv_bn", "cross_attention.value"),
-    (r"_kmeans_memory_batch_norm_retrieved_value", "cross_attention.norm"),
-    (r"_kmeans_memory_conv3_bn", "cross_attention.projection"),
-    (r"_memory_conv1_bn_act", "center_projection"),
-    (r"_memory_qkv_conv_bn", "attention.qkv"),
-    (r"_memory_attention\._batch_norm_similarity", "attention.norm_logits"),
-    (r"_memory_attention\._batch_norm_retrieved_value", "attention.norm_values"),
-    (r"_memory_conv3_bn", "attention.projection"),
-    (r"_memory_ffn_conv1_bn_act", "ffn.expand"),
-    (r"_memory_ffn_conv2_bn", "ffn.project"),
-    (r"^encoder\.downsample_layers\.0\.layer_with_weights-", "backbone.stem."),
-    (r"^encoder\.downsample_layers\.(\d+)\.layer_with_weights-", r"backbone.stages.\1.downsample."),
-    (r"^encoder\.stages\.(\d+)\.layer_with_weights-", r"backbone.stages.\1.blocks."),
-    (r"\.depthwise_conv\.", ".conv_dw."),
-    (r"\.pointwise_conv", ".mlp.fc"),
-    (r"^encoder\._stem", "backbone.stem"),
-    (r"^encoder\._stage", "backbone.stage"),
-    (r"^pixel_decoder\._backbone_norms", "pixel_decoder.input_norms"),
-    (r"^pixel_decoder\._skip_connections\.(\d+)\._resized_conv_bn1", r"pixel_decoder.fusions.\1.coarse.1"),
-    (r"^pixel_decoder\._skip_connections\.(\d+)\._resized_conv_bn2", r"pixel_decoder.fusions.\1.fine.1"),
-    (r"^pixel_decoder\._stages", "pixel_decoder.stages"),
-    (r"\._attention\._(height|width)_axis", r".\1_attention"),
-    (r"_batch_norm_qkv", "norm_qkv"),
-    (r"_batch_norm_similarity", "norm_logits"),
-    (r"_batch_norm_retrieved_output", "norm_values"),
-    (r"_(query|key|value)_rpe\.embeddings", r"\1_positions"),
-    (r"qkv_kernel", "qkv.weight"),
-    (r"^semantic_decoder\._aspp\._conv_bn_act", "semantic_head.aspp.pointwise"),
-    (r"^semantic_decoder\._aspp\._aspp_pool\._conv_bn_act", "semantic_head.aspp.pool"),
-    (r"^semantic_decoder\._aspp\._proj_conv_bn_act", "semantic_head.aspp.projection"),
-    (r"^semantic_head_without_last_layer\._conv1_bn_act", "semantic_head.head"),
+    (r"\.auxiliary_clustering_predictor\.", ".predictor."),
+    (r"\.pixel_space_head\.conv_block\.conv1\.", ".pixel_head."),
+    (r"\.pixel_space_head\.final_conv", ".pixel_projection"),
+    (r"\.pixel_space_feature_batch_norm", ".pixel_norm"),
+    (r"^semantic_decoder\.", "semantic_head."),
+    (r"\.aspp\.conv\.", ".aspp.pointwise."),
+    (r"\.(aspp_\w+)\.conv\.", r".\1."),
+    (r"\.low_level_conv(\d)", from_zero(".low_level.")),
+    (r"\.fusion_conv(\d)\.conv1", from_zero(".fuse.")),
+    (r"^semantic_head_without_last_layer\.conv1", "semantic_head.head"),
     (r"^semantic_last_layer", "semantic_head.classifier"),
-    (r"\._shortcut", ".shortcut"),
-    (r"\._conv([123])_bn(_act)?", r".conv\1"),
-    (r"\._(depthwise|pointwise)\.", r".\1."),
-    (r"\._depthwise_conv\.depthwise_kernel", ".conv.weight"),
-    (r"\._conv\.kernel", ".conv.weight"),
-    (r"\.kernel$", ".weight"),
-    (r"\._batch_norm\.", ".norm."),
-    (r"\.gamma$", ".weight"),
+    (r"\.depthwise_conv\.depthwise_kernel", ".conv.weight"),
+    (r"\.qkv_kernel", ".qkv.weight"),
+    (r"\.batch_norm\.", ".norm."),
+    *COMMON,
+    (r"\.(kernel|gamma)$", ".weight"),
     (r"\.beta$", ".bias"),
     (r"\.layer_scale$", ".gamma"),
     (r"\.moving_mean$", ".running_mean"),
     (r"\.moving_variance$", ".running_var"),
-    # What acts on vectors is a linear layer here; what acts on pixels stays a convolution.
-    (
-        r"((center|class|mask)_projection|mask_embedding|\.qkv|attention\.projection|ffn\.\w+)\.conv\.",
-        r"\1.linear.",
-    ),
 ]
 
 
@@ -124,8 +82,7 @@ def deeplab2_to_state_dict(
     The checkpoint of a pre-trained encoder uses the same names.
 
     Args:
-        variables: arrays by official name, such as "encoder/_stem/_conv/kernel", in TensorFlow's layout. The tensors
-            are views of them, with any strides; only class heads are copied.
+        variables: arrays by official name in TensorFlow's layout. The tensors are views; only class heads are copied.
         is_thing: whether each of the K classes, in contiguous order, is a thing. The official class heads list things
             before stuff. None, or a length other than a head's number of classes, leaves the order as it is.
     """

@@ -42,8 +42,7 @@ def read_checkpoint(path: str, model: Any, *, resume: bool = False) -> dict:
 
     Args:
         path: a file, an address, the prefix of a TensorFlow checkpoint such as ".../ckpt-150000", or "timm://NAME".
-        model: the :class:`~kmax_d2.modeling.KMaXDeepLab` that the weights are for. It gives the order of the classes
-            and the scaling of the input.
+        model: the :class:`~kmax_d2.modeling.KMaXDeepLab` that the weights are for.
         resume: whether the training state is needed too. Otherwise the tensors may be views of the file.
 
     Returns:

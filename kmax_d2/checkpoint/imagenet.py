@@ -39,7 +39,6 @@ _THEIR_EPS = 1e-5
 # Caffe2's weights, such as MSRA's, take BGR minus this mean (here in RGB), not divided by anything.
 _CAFFE2_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
 _CAFFE2_STD = (1 / 255, 1 / 255, 1 / 255)
-_WEIGHTS_FILE = "model.safetensors"  # in every repository of timm
 
 # Each family's state dicts have these names.
 _CONVNEXT = {"stem.0.weight", "stages.0.blocks.0.conv_dw.weight"}
@@ -78,11 +77,9 @@ def imagenet_to_state_dict(
 ) -> dict[str, torch.Tensor]:
     """Converts an ImageNet classifier's weights to those of our backbone; the module says what is folded in.
 
-    Supports the ResNets of torchvision, timm, and Detectron2, and timm's ConvNeXt. MSRA's R-50.pkl (Caffe2's names) is
-    a special case: its batch norms were merged into affine layers, and there are no running statistics. They become
-    mean 0 and variance 1, which is the same function in inference, but not in training, where each batch has its own.
-    Its network also strides in the first 1×1 convolution of a stage, where ours strides in the 3×3. torchvision's
-    R-50.pkl differs in neither and is the better start.
+    Supports the ResNets of torchvision, timm, and Detectron2, and timm's ConvNeXt. MSRA's R-50.pkl (Caffe2's names)
+    strides in a stage's first 1×1 convolution, and has affine layers for batch norms: running statistics become mean 0
+    and variance 1, the same function in inference only. torchvision's R-50.pkl is the better start.
 
     Args:
         state_dict: tensors by name, for which :func:`is_imagenet` is true.
@@ -130,17 +127,15 @@ def _fold_norms(weights: dict[str, torch.Tensor]) -> None:
 def load_timm(name: str, pixel_mean: torch.Tensor, pixel_std: torch.Tensor) -> dict[str, torch.Tensor]:
     """Reads the backbone of one of timm's pretrained ResNets or ConvNeXts, through Hugging Face's cache.
 
-    Args:
-        name: timm's name with its tag, such as "convnext_tiny.fb_in22k_ft_in1k_384".
-        pixel_mean, pixel_std: (3, 1, 1) scaling of our RGB input, with pixels in 0..255.
-
-    Raises UserError where timm has no such weights, they cannot be downloaded, or are of another kind of network.
+    The name has its tag, such as "convnext_tiny.fb_in22k_ft_in1k_384"; the rest is as for
+    :func:`imagenet_to_state_dict`. Raises UserError where timm has no such weights, they cannot be downloaded, or are
+    of another kind of network.
     """
     if not is_model_pretrained(name):
         raise UserError(f"timm has no pretrained weights {name}{did_you_mean(name, list_pretrained())}")
     pretrained: Any = get_pretrained_cfg(name)
     try:
-        file = hf_hub_download(pretrained.hf_hub_id, _WEIGHTS_FILE)
+        file = hf_hub_download(pretrained.hf_hub_id, "model.safetensors")
     except (OSError, HfHubHTTPError) as error:
         raise UserError(
             f"cannot download timm://{name} ({' '.join(str(error).split())}): run again with a network, or copy "

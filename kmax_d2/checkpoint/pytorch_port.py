@@ -10,14 +10,11 @@ import torch
 from ..errors import UserError
 from ..modeling.backbones import KMaXResNet
 from ..modeling.residual import Bottleneck
-from .rules import Rule, rename
+from .rules import COMMON, PLAIN_WORDS, Rule, rename
 
 # Applied in order; each names one part of the model.
 _RULES: list[Rule] = [
-    # Counted from 1 there and from 0 here.
-    (r"\._aspp_conv([123])", lambda match: f".atrous.{int(match[1]) - 1}"),
-    (r"\._", "."),
-    (r"(_bn|_bn_act|bnact)\.", "."),
+    *PLAIN_WORDS,
     (r"^sem_seg_head\.predictor\.auxiliary_semantic_predictor\.", "semantic_head."),
     (r"^sem_seg_head\.predictor\.", "transformer_decoder."),
     (r"^sem_seg_head\.pixel_decoder\.", "pixel_decoder."),
@@ -26,44 +23,17 @@ _RULES: list[Rule] = [
     (r"\.norm\.conv\.weight$", ".norm.weight"),
     (r"^backbone\.stem\.conv1", "backbone.stem"),
     (r"^backbone\.res", "backbone.stage"),
-    (r"^backbone\.downsample_layers\.0", "backbone.stem"),
-    (r"^backbone\.downsample_layers\.(\d)", r"backbone.stages.\1.downsample"),
-    (r"^backbone\.stages\.(\d)\.(\d)", r"backbone.stages.\1.blocks.\2"),
-    (r"\.dwconv", ".conv_dw"),
-    (r"\.pwconv", ".mlp.fc"),
     (r"\.in_norms", ".input_norms"),
     (r"^(pixel_decoder\.stages\.\d)\.blocks", r"\1"),
     (r"\.resized_fuses\.(\d)\.conv_bn_low", r".fusions.\1.coarse.1"),
     (r"\.resized_fuses\.(\d)\.conv_bn_high", r".fusions.\1.fine.1"),
-    (r"\.attention\.(height|width)_axis", r".\1_attention"),
     (r"\.qkv_transform\.conv", ".qkv"),
-    (r"_rpe\.embeddings\.weight", "_positions"),
     (r"\.kmax_transformer_layers", ".layers"),
-    (r"\.cluster_centers\.weight", ".centers"),
-    (r"_embedding_projection", "_projection"),
-    (r"\.query_conv1", ".center_projection"),
-    (r"\.pixel_conv1", ".pixel_projection"),
-    (r"\.pixel_v_conv", ".cross_attention.value"),
-    (r"\.kmeans_query_conv3", ".cross_attention.projection"),
-    (r"\.kmeans_query_batch_norm_retrieved_value", ".cross_attention.norm"),
-    (r"\.query_self_attention", ".attention"),
-    (r"\.query_qkv_conv", ".attention.qkv"),
-    (r"\.query_conv3", ".attention.projection"),
-    (r"\.query_ffn_conv1", ".ffn.expand"),
-    (r"\.query_ffn_conv2", ".ffn.project"),
-    (r"\.batch_norm_qkv", ".norm_qkv"),
-    (r"\.batch_norm_similarity", ".norm_logits"),
-    (r"\.batch_norm_retrieved_(value|output)", ".norm_values"),
     (r"\.predcitor", ".predictor"),  # spelled so in the files
     (r"\.pixel_space_head_last_convbn\.conv", ".pixel_projection"),
     (r"\.pixel_space_head_last_convbn\.norm", ".pixel_norm"),
     (r"\.pixel_space_head_conv", ".pixel_head."),
-    (r"\.pixel_space_mask_batch_norm", ".mask_norm"),
-    (r"\.transformer_mask_head", ".mask_embedding"),
-    (r"\.transformer_class_head\.conv", ".class_head"),
     (r"\.aspp_conv0", ".pointwise"),
-    (r"\.aspp_pool", ".pool"),
-    (r"\.proj_conv", ".projection"),
     (r"\.low_level_projection", ".low_level"),
     (r"\.low_level_fusion(_os\d)_conv", r".fuse\1."),
     (r"_os8", ".0"),
@@ -72,6 +42,7 @@ _RULES: list[Rule] = [
     (r"^semantic_head\.(final_conv|2)\.conv", "semantic_head.classifier"),
     (r"\.(pixel_head|fuse\.\d|head)\.0", r".\1.depthwise"),
     (r"\.(pixel_head|fuse\.\d|head)\.1", r".\1.pointwise"),
+    *COMMON,
 ]
 
 
@@ -99,7 +70,6 @@ def port_to_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torc
         if name.endswith("_attention.qkv.weight"):  # a 1D convolution there, a 2D one here
             tensor = tensor[..., None]
         elif tensor.ndim == 3:  # a 1D convolution there, a linear layer here
-            name = name.replace(".conv.", ".linear.")
             tensor = tensor[..., 0]
         elif name.endswith(".centers"):
             tensor = tensor.T

@@ -66,23 +66,18 @@ def masked_crc32c(data: bytes | np.ndarray) -> int:
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    """Reads the number at `position`, seven bits per byte, lowest first; also returns the position after it."""
-    value = shift = 0
-    while True:
-        byte = data[position]
+def _varints(data: bytes, position: int, count: int) -> list[int]:
+    """Reads `count` numbers, seven bits per byte, lowest first; also returns the position after them."""
+    values = []
+    for _ in range(count):
+        value = shift = 0
+        while data[position] & 0x80:
+            value |= (data[position] & 0x7F) << shift
+            shift += 7
+            position += 1
+        values.append(value | data[position] << shift)
         position += 1
-        value |= (byte & 0x7F) << shift
-        shift += 7
-        if byte < 0x80:
-            return value, position
-
-
-def _handle(data: bytes, position: int) -> tuple[int, int, int]:
-    """Reads a block's offset and size in bytes; also returns the position after them."""
-    offset, position = _varint(data, position)
-    size, position = _varint(data, position)
-    return offset, size, position
+    return [*values, position]
 
 
 def _block(table: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
@@ -97,9 +92,7 @@ def _block(table: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]
     end = size - 4 * (1 + int.from_bytes(block[-4:], "little"))
     key, position = b"", 0
     while position < end:
-        shared, position = _varint(block, position)
-        unshared, position = _varint(block, position)
-        length, position = _varint(block, position)
+        shared, unshared, length, position = _varints(block, position, 3)
         key = key[:shared] + block[position : position + unshared]
         position += unshared
         yield key, block[position : position + length]
@@ -110,11 +103,10 @@ def _table(table: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Yields all keys and values of a table."""
     if not table.endswith(_MAGIC):
         raise ValueError("it is not the index of a TensorFlow checkpoint, or it is cut short")
-    footer = table[-_FOOTER_SIZE:]
-    _, _, position = _handle(footer, 0)  # of the meta index, which is empty in a checkpoint
-    offset, size, _ = _handle(footer, position)
+    # Offset and size of the meta index, which is empty in a checkpoint, and of the index of blocks.
+    _, _, offset, size, _ = _varints(table[-_FOOTER_SIZE:], 0, 4)
     for _, handle in _block(table, offset, size):
-        offset, size, _ = _handle(handle, 0)
+        offset, size, _ = _varints(handle, 0, 2)
         yield from _block(table, offset, size)
 
 
@@ -143,7 +135,7 @@ def _read_index(prefix: str) -> tuple[int, dict[str, Message]]:
 
 
 def _map(shard: str) -> np.memmap:
-    """Maps a file's bytes copy-on-write: the arrays can be written to, and the file stays as it is."""
+    """Maps a file's bytes copy-on-write."""
     try:
         return np.memmap(shard, np.uint8, "c")
     except FileNotFoundError as error:
@@ -180,8 +172,8 @@ def read_variables(prefix: str) -> dict[str, np.ndarray]:
         prefix: the path of its files up to ".index", such as "kmax_resnet50_coco_train/ckpt-150000".
 
     Returns:
-        Arrays by official name, such as "encoder/_stem/_conv/kernel". They are writable, yet writing does not change
-        the files: the memory is the files' own pages. Only a tensor that is not aligned in its file is copied.
+        Arrays by official name, such as "encoder/_stem/_conv/kernel". They are views of the files' pages, except where
+        a tensor is not aligned; writing to them does not change the files.
 
     Raises:
         UserError: a file is missing, damaged, or of an unsupported form of the format.

@@ -27,6 +27,7 @@ from ..speed import inference_model
 logger = logging.getLogger(__name__)
 
 CONFIG_FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
+SPLITS = ("TRAIN", "TEST")
 # Demo and pseudo-labels need nothing else.
 PANOPTIC_ONLY = (
     *("MODEL.KMAX.TEST.PANOPTIC_ON", True),
@@ -111,38 +112,21 @@ def prepare_datasets(cfg: CfgNode) -> None:
 
     Raises UserError for a dataset that is not registered or not panoptic, and for classes that contradict each other.
     """
-    for split in ("TRAIN", "TEST"):
-        files = cfg.DATASETS[f"OWN_{split}"]
-        if not files:
-            continue
-        images, pngs, json_file = files
-        for folder in (images, pngs):
-            if not os.path.isdir(folder):
-                raise UserError(f"no folder {folder}, which is named in DATASETS.OWN_{split}")
-        path = Path(json_file).absolute()
-        name = f"{path.parent.name}_{path.stem}"
-        if name in DatasetCatalog and Path(MetadataCatalog.get(name).get("panoptic_json", "")).absolute() != path:
-            name += f"_{zlib.crc32(bytes(path)):08x}"  # another file has this name
-        coco_panoptic.register(name, images, pngs, json_file)
-        cfg.DATASETS[split] = (name,)
-        cfg.MODEL.KMAX.NUM_CLASSES = 0
-    own = (cfg.DATASETS.OWN_TRAIN, cfg.DATASETS.OWN_TEST)
-    if all(own) and len({os.path.realpath(images) for images, *_ in own}) == 1:
-        train, test = ({image["file_name"] for image in coco_panoptic.read_json(files[2])["images"]} for files in own)
-        if train & test:
-            logger.warning(f"{len(train & test)} test images are also training images, such as {min(train & test)}")
+    for split in SPLITS:
+        if cfg.DATASETS[f"OWN_{split}"]:
+            cfg.DATASETS[split] = (_register_own(cfg, split),)
+            cfg.MODEL.KMAX.NUM_CLASSES = 0
+    _settle_own(cfg)
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
     for name in names:
         if name not in DatasetCatalog:
             raise UserError(f"no dataset {name} is registered{did_you_mean(name, DatasetCatalog.list())}")
-    classes = {name: MetadataCatalog.get(name).get("stuff_classes") for name in names}
-    for name, known in classes.items():
-        if known is None:
+        if _classes(name)[0] is None:
             raise UserError(f"the dataset {name} has no panoptic classes")
-        if known != classes[names[0]]:
+        if _classes(name) != _classes(names[0]):
             raise UserError(f"the datasets {names[0]} and {name} have different classes")
     if names:
-        count = len(classes[names[0]])
+        count = len(_classes(names[0])[0])
         if cfg.MODEL.KMAX.NUM_CLASSES not in (0, count):
             raise UserError(
                 f"MODEL.KMAX.NUM_CLASSES is {cfg.MODEL.KMAX.NUM_CLASSES}, but {names[0]} has {count} classes; "
@@ -151,6 +135,45 @@ def prepare_datasets(cfg: CfgNode) -> None:
         cfg.MODEL.KMAX.NUM_CLASSES = count
     elif cfg.MODEL.KMAX.NUM_CLASSES == 0:
         raise UserError("the number of classes is unknown: name a dataset or set MODEL.KMAX.NUM_CLASSES")
+
+
+def _classes(name: str) -> tuple:
+    """Returns the class names of a dataset, None if it is not panoptic, and which of its classes are things."""
+    metadata = MetadataCatalog.get(name)
+    return metadata.get("stuff_classes"), sorted(metadata.get("thing_dataset_id_to_contiguous_id", {}).values())
+
+
+def _register_own(cfg: CfgNode, split: str) -> str:
+    """Registers the user's own data for a split under the name that is returned."""
+    images, pngs, json_file = cfg.DATASETS[f"OWN_{split}"]
+    for folder in (images, pngs):
+        if not os.path.isdir(folder):
+            raise UserError(f"no folder {folder}, which is named in DATASETS.OWN_{split}")
+    path = Path(json_file).absolute()
+    name = f"{path.parent.name}_{path.stem}"
+    if name in DatasetCatalog and Path(MetadataCatalog.get(name).get("panoptic_json", "")).absolute() != path:
+        name += f"_{zlib.crc32(bytes(path)):08x}"  # another file has this name
+    coco_panoptic.register(name, images, pngs, json_file)
+    return name
+
+
+def _settle_own(cfg: CfgNode) -> None:
+    """Leaves the config's datasets out if the user's own data for the other split have other classes."""
+    train, test = (cfg.DATASETS[f"OWN_{split}"] for split in SPLITS)
+    if train and test and os.path.realpath(train[0]) == os.path.realpath(test[0]):
+        names = [
+            {image["file_name"] for image in coco_panoptic.read_json(files[2])["images"]} for files in (train, test)
+        ]
+        shared = names[0] & names[1]
+        if shared:
+            logger.warning(f"{len(shared)} test images are also training images, such as {min(shared)}")
+    for own, other in (SPLITS, SPLITS[::-1]):
+        if cfg.DATASETS[f"OWN_{own}"] and not cfg.DATASETS[f"OWN_{other}"]:
+            classes = _classes(cfg.DATASETS[own][0])
+            kept = tuple(name for name in cfg.DATASETS[other] if _classes(name) == classes)
+            if kept != tuple(cfg.DATASETS[other]):
+                logger.warning(f"DATASETS.{other} is left out, as your own data have other classes")
+            cfg.DATASETS[other] = kept
 
 
 def choose_device(cfg: CfgNode) -> None:

@@ -157,6 +157,8 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict]]:
         """Returns endless batches of mapped training records. Raises UserError if a dataset is not on disk."""
+        if not cfg.DATASETS.TRAIN:
+            raise UserError("no dataset to train on: set DATASETS.TRAIN, or name your own data with --train-data")
         mapper = MAPPER_REGISTRY.get(cfg.INPUT.DATASET_MAPPER_NAME)(cfg)
         with _needs_files_of(cfg.DATASETS.TRAIN):
             dataset: Any = training_records(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)

@@ -26,6 +26,8 @@ class AxialAttention1D(nn.Module):
         super().__init__()
         if axis not in ("height", "width"):
             raise UserError(f"axis must be 'height' or 'width', not {axis!r}")
+        if width % num_heads:
+            raise UserError(f"the width of axial attention must be a multiple of its {num_heads} heads, not {width}")
         self.axis, self.stride, self.num_heads = axis, stride, num_heads
         self.split = (width, width, 2 * width)
         self.qkv = nn.Conv2d(in_channels, 4 * width, 1, bias=False)

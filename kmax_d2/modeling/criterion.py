@@ -96,9 +96,8 @@ class Criterion(nn.Module):
         matching = match(final.class_logits, final.mask_logits.flatten(2), targets)
         targets = targets.repeat(count)
         class_logits = torch.cat([p.class_logits for p in predictions])
-        log_probability = torch.cat(
-            [losses.matched_log_probability(p.mask_logits, matching, size) for p in predictions]
-        )
+        maps = [p.mask_logits for p in predictions]
+        log_probability = torch.cat([losses.matched_log_probability(logits, matching, size) for logits in maps])
         matching = matching.repeat(count)
         pixels = losses.sample_pixels(targets, self.num_samples, self.instance_temperature)
         samples = zip(predictions, pixels.chunk(count), strict=True)

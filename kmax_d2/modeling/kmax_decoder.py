@@ -138,16 +138,14 @@ class KMaXTransformerDecoder(nn.Module):
         **layer: Any,
     ):
         super().__init__()
-        if len(decoders) > len(input_shape):
-            raise UserError(
-                f"MODEL.KMAX.TRANSFORMER_DECODER.DECODERS names {len(decoders)} maps, "
-                f"but the pixel decoder has {len(input_shape)}"
-            )
-        if not 0 <= training_queries <= num_queries:
-            raise UserError(
-                "MODEL.KMAX.TRANSFORMER_DECODER.TRAINING_QUERIES: "
-                f"{training_queries} of {num_queries} queries cannot be drawn"
-            )
+        options = "MODEL.KMAX.TRANSFORMER_DECODER"
+        if len(decoders) > len(input_shape) or sum(decoders) < 1:
+            wanted = f"numbers of decoders on the {len(input_shape)} maps of the pixel decoder, one in all at least"
+            raise UserError(f"{options}.DECODERS is {list(decoders)}, but must be {wanted}")
+        if num_queries < 2:
+            raise UserError(f"{options}.NUM_QUERIES is {num_queries}, but must be at least 2")
+        if training_queries not in (0, *range(2, num_queries + 1)):
+            raise UserError(f"{options}.TRAINING_QUERIES: {training_queries} of {num_queries} queries cannot be drawn")
         shared: dict[str, Any] = {"norm": norm, "feature_channels": feature_channels}
         self.training_queries = training_queries
         self.centers = nn.Parameter(trunc_normal_tf_(torch.empty(num_queries, channels)))

@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import UserError
 from .build import build_from
 from .criterion import Criterion, make_targets
+from .inputs import check_images, check_inputs
 from .kmax_decoder import TRANSFORMER_DECODER_REGISTRY
 from .layers import padded_side
 from .merging import MaskWiseMerging
@@ -113,8 +114,9 @@ class KMaXDeepLab(nn.Module):
         Returns:
             In training the losses by name. At test for each image a dict with "panoptic_seg", a map (H, W) of segment
             ids and the list of segments; "semantic" (H, W), the class map, and "sem_seg" (K, H, W), the same one-hot;
-            "instances", with masks, scores and classes.
+            "instances", with masks, scores and classes. Raises UserError for other inputs.
         """
+        check_inputs(batched_inputs, self.training, len(self.merging.is_thing))
         images = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
         if self.training:
             return self._losses(images, batched_inputs)
@@ -148,6 +150,7 @@ class KMaXDeepLab(nn.Module):
             the stride of the finest map (4), position (i, j) standing for pixel (4 i, 4 j); "pixel_feature"
             (B, C, h, w). With `auxiliary` also "auxiliary", a list with the same of each decoder at its own stride.
         """
+        check_images(images)
         training = self.training
         self.eval()
         try:

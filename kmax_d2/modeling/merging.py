@@ -17,7 +17,7 @@ from detectron2.config import CfgNode
 
 from ..errors import UserError
 from .build import thing_mask
-from .top_two import TopTwo, by_rows, find_top_two, row_strips
+from .top_two import by_rows, find_top_two, row_strips
 
 
 class Segmentation(NamedTuple):
@@ -30,7 +30,9 @@ class Segmentation(NamedTuple):
         query_class: (N,) best non-void class of each query.
         query_confidence: (N,) its probability.
         query_score: (N,) confidence times mask score of each query.
-        top_two: the two best queries of each pixel.
+        best_query: (H, W) int16, the query with the largest mask logit at each pixel.
+        best_probability: (H, W), its probability there.
+        masks: (2, H, W) int16, the queries whose masks are at each pixel, before merging; N for none.
     """
 
     segment_ids: torch.Tensor
@@ -39,7 +41,9 @@ class Segmentation(NamedTuple):
     query_class: torch.Tensor
     query_confidence: torch.Tensor
     query_score: torch.Tensor
-    top_two: TopTwo
+    best_query: torch.Tensor
+    best_probability: torch.Tensor
+    masks: torch.Tensor
 
 
 def count_values(values: torch.Tensor, number: int) -> torch.Tensor:
@@ -63,7 +67,7 @@ def look_up(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return table.index_select(0, index.flatten().int()).view(index.shape)
 
 
-@dataclass
+@dataclass(eq=False)
 class MaskWiseMerging:
     """Pastes masks one after the other, the most confident first.
 
@@ -119,11 +123,13 @@ class MaskWiseMerging:
             extent: the fraction of the mask logits' height and width that the map spans.
         """
         class_logits, mask_logits = class_logits.detach(), mask_logits.detach()
-        top_two = find_top_two(mask_logits, size, extent)
+        query, probability = find_top_two(mask_logits, size, extent)
+        masks = query.masked_fill(~(probability > self.pixel_threshold), len(class_logits))
+        best = query[0].clone(), probability[0].clone()
+        del query, probability  # half of which is kept
         confidence, query_class = class_logits.float().softmax(1)[:, :-1].max(1)
         mask_score = self._mask_score(mask_logits)
         order = torch.argsort(confidence**self.class_power * mask_score**self.mask_power, descending=True, stable=True)
-        masks = top_two.query.masked_fill(~(top_two.probability > self.pixel_threshold), len(class_logits))
         counts = self._counts(masks, len(class_logits))
 
         # The only transfer to the host: a few numbers for each query.
@@ -131,9 +137,8 @@ class MaskWiseMerging:
         segments, tables = self._paste(numbers, len(class_logits))
         # Memory that is not pinned has been read when the call returns, so there is nothing to wait for.
         segment_ids, pasted_query = self._paint(masks, tables.to(masks.device, non_blocking=True))
-        return Segmentation(
-            segment_ids, segments, pasted_query, query_class, confidence, confidence * mask_score, top_two
-        )
+        of_queries = query_class, confidence, confidence * mask_score
+        return Segmentation(segment_ids, segments, pasted_query, *of_queries, *best, masks)
 
     @staticmethod
     def _counts(masks: torch.Tensor, num_queries: int) -> tuple[torch.Tensor, torch.Tensor]:

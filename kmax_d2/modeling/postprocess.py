@@ -127,7 +127,7 @@ class Postprocessor(nn.Module):
         def key_of(top: torch.Tensor, pasted: torch.Tensor) -> torch.Tensor:
             return torch.where(pasted >= 0, look_up(first_key, top) + pasted, none).clamp_max(none).int()
 
-        maps = merged.top_two.query[0], merged.top_two.probability[0], merged.pasted_query
+        maps = merged.best_query, merged.best_probability, merged.pasted_query
         top, probability, pasted = (resize_nearest(x, real, size) for x in maps)
         key = by_rows(key_of, top, pasted)
         sums = torch.zeros(3, none + 1, dtype=torch.float64, device=key.device)
@@ -150,16 +150,14 @@ class Postprocessor(nn.Module):
         is_thing = self.merging.is_thing.to(merged.query_class.device)
         score = merged.query_score.where(is_thing[merged.query_class], 0)
         score, query = score.topk(min(self.max_instances, len(score)))
-        # A pixel below the threshold belongs to no mask.
-        top = merged.top_two
-        best = resize_nearest(top.query.where(top.probability > self.merging.pixel_threshold, -1), real, size)
-        areas = torch.zeros(len(merged.query_score) + 1, dtype=torch.int64, device=best.device)  # that of none is first
+        at_pixels = resize_nearest(merged.masks, real, size)
+        areas = torch.zeros(len(merged.query_score) + 1, dtype=torch.int64, device=score.device)  # the last is of none
         for rows in row_strips(size):
-            areas += count_values(best[:, rows].long() + 1, len(areas))
-        kept = (score > 0) & (areas[query + 1] > 0)
+            areas += count_values(at_pixels[:, rows].long(), len(areas))
+        kept = (score > 0) & (areas[query] > 0)
         score, query = score[kept], query[kept]
         wanted = query.short()[:, None, None]
-        masks = by_rows(lambda strip: (strip[0] == wanted) | (strip[1] == wanted), best)
+        masks = by_rows(lambda strip: (strip[0] == wanted) | (strip[1] == wanted), at_pixels)
         return _instances(masks, score, merged.query_class[query])
 
 
@@ -185,16 +183,13 @@ def panoptic_result(
 
 def query_classes(merged: Segmentation) -> torch.Tensor:
     """(H, W) class of the query with the largest mask logit at each pixel, without thresholds, as officially."""
-    return by_rows(functools.partial(look_up, merged.query_class), merged.top_two.query[0])
+    return by_rows(functools.partial(look_up, merged.query_class), merged.best_query)
 
 
 def _instances(masks: torch.Tensor, scores: torch.Tensor, classes: torch.Tensor) -> Instances:
     """Masks (n, H, W), none of them empty, with their boxes, which reach to the far edge of their last pixel."""
-    boxes = []
-    for line in (masks.any(1), masks.any(2)):  # columns, rows
-        first, behind = line.byte().argmax(1), line.shape[1] - line.flip(1).byte().argmax(1)
-        boxes.append(torch.stack([first, behind], dim=1))
-    corners = torch.stack(boxes, dim=2).flatten(1).float()
-    return Instances(
-        tuple(masks.shape[-2:]), pred_masks=masks, pred_boxes=Boxes(corners), scores=scores, pred_classes=classes
-    )
+    sides = masks.any(1).byte(), masks.any(2).byte()  # columns, rows
+    first, behind = [x.argmax(1) for x in sides], [x.shape[1] - x.flip(1).argmax(1) for x in sides]
+    boxes = Boxes(torch.stack([*first, *behind], dim=1).float())
+    size = tuple(masks.shape[-2:])
+    return Instances(size, pred_masks=masks, pred_boxes=boxes, scores=scores, pred_classes=classes)

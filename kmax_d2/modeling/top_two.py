@@ -10,8 +10,7 @@ import torch
 # A strip goes through a few steps and should stay in a core's cache; a GPU is faster with few large strips.
 LOGITS_PER_THREAD = 2**17
 LOGITS_ON_GPU = 2**26
-PIXELS_AT_ONCE = 2**22  # in work on maps of the original size, which a photo's may be many times as large as
-
+PIXELS_AT_ONCE = 2**22  # of maps of the original size, which may be a photo's
 
 # Equal functions that are faster on some devices, by the type of the device; kmax_d2.speed adds its own.
 FASTER: dict[str, Callable] = {}
@@ -29,9 +28,9 @@ class TopTwo(NamedTuple):
     probability: torch.Tensor
 
 
-def row_strips(size: Sequence[int], pixels: int = PIXELS_AT_ONCE) -> Iterator[slice]:
-    """The rows of maps (..., H, W), in strips of about so many pixels, so that what is made of one stays small."""
-    rows = max(1, pixels // size[-1])
+def row_strips(size: Sequence[int], pixels: int = 0) -> Iterator[slice]:
+    """The rows of maps (..., H, W), in strips of about so many pixels, else PIXELS_AT_ONCE."""
+    rows = max(1, (pixels or PIXELS_AT_ONCE) // size[-1])
     return (slice(start, start + rows) for start in range(0, size[-2], rows))
 
 
@@ -75,14 +74,13 @@ def upsampled(
     else:
         left, right, across = _interpolation(width, size[1], extent[1], device)
     at_once = LOGITS_ON_GPU if logits.is_cuda else LOGITS_PER_THREAD * torch.get_num_threads()
-    for part in row_strips(size, at_once // queries):
-        strip = torch.lerp(
-            logits.index_select(0, above[part]), logits.index_select(0, below[part]), down[part, None, None]
-        )
+    for rows in row_strips(size, max(1, at_once // queries)):
+        upper, lower = logits.index_select(0, above[rows]), logits.index_select(0, below[rows])
+        strip = torch.lerp(upper, lower, down[rows, None, None])
         if regular:
-            yield part, torch.lerp(strip[:, :-1, None], strip[:, 1:, None], steps).flatten(1, 2)[:, : size[1]]
+            yield rows, torch.lerp(strip[:, :-1, None], strip[:, 1:, None], steps).flatten(1, 2)[:, : size[1]]
         else:
-            yield part, torch.lerp(strip.index_select(1, left), strip.index_select(1, right), across[:, None])
+            yield rows, torch.lerp(strip.index_select(1, left), strip.index_select(1, right), across[:, None])
 
 
 def top_two_queries(
