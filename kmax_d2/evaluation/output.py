@@ -14,19 +14,11 @@ from ..errors import UserError
 
 
 def empty_folder(folder: Path | None) -> None:
-    """Creates an empty folder, if any, on the main process, while the others wait.
-
-    A hidden file beside it notes that its content is from here. Raises UserError if the folder has other content or
-    cannot be created.
-    """
+    """Creates an empty folder, if any, on the main process, while the others wait. Raises UserError if it cannot."""
     if folder is not None and comm.is_main_process():
-        mark = folder.with_name(f".{folder.name}.kmax_d2")
         try:
-            if not mark.exists() and folder.exists() and any(folder.iterdir()):
-                raise UserError(f"{folder} has files that this program did not write: choose another folder")
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            mark.touch()
         except OSError as error:
             raise UserError(f"cannot create the folder {folder} for the predictions: {error.strerror}") from error
     comm.synchronize()
