@@ -73,7 +73,7 @@ def test_color_policy_draws_each_operation_by_its_own_probability():
     image = np.random.RandomState(1).randint(0, 256, (8, 8, 3), dtype=np.uint8)
     changed = sum(not isinstance(color.ColorPolicy().get_transform(image), T.NoOpTransform) for _ in range(4000))
     # 1 - the mean over the pairs of (1 - p1)(1 - p2); Equalize has probability 0 in the second.
-    expected = 1 - np.mean([(1 - first.probability) * (1 - second.probability) for first, second in color.POLICY])
+    expected = 1 - np.mean([(1 - first[1]) * (1 - second[1]) for first, second in color.POLICY])
     assert changed / 4000 == pytest.approx(expected, abs=0.03)
 
 

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-import textwrap
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 
 from ..errors import UserError
-from ..images import read_rgb
+from ..images import read_rgb, read_size
 from ..parallel import parallel_map
-from .datasets.coco_panoptic import metadata_of, read_json
-from .panoptic_png import describe
-from .segment_ids import NUM_IDS, rgb2id
+from . import panoptic_png
+from .datasets.coco_panoptic import Fault, find_categories, find_pairs, metadata_of, read_json
+from .segment_ids import NUM_IDS
 
-# The fields that entries of a COCO panoptic JSON must have, and their types.
-CATEGORY = {"id": int, "name": str, "isthing": int}
-IMAGE = {"id": int | str, "file_name": str, "height": int, "width": int}
-ANNOTATION = {"image_id": int | str, "file_name": str, "segments_info": list}
-SEGMENT = {"id": int, "category_id": int}
+HARMLESS = {"area mismatch", "empty image", "segment without pixels"}  # faults of samples that can be used
+MOST = 20_000  # samples of which require_readable opens the files; of a larger dataset, evenly spaced ones
+
+Result = TypeVar("Result")
 
 
 class Category(NamedTuple):
@@ -36,18 +35,12 @@ class Category(NamedTuple):
     contiguous: int
 
 
-class Fault(NamedTuple):
-    """Something wrong: its kind, and a line that names the file."""
-
-    kind: str
-    line: str
-
-
 @dataclass(frozen=True)
 class Sample:
     """An image and its annotation as described by the dataset.
 
-    "size" is (height, width), None if not given; "categories" are all ids that a segment may have.
+    "png" is empty for a test set without ground truth; "size" is (height, width), None if not given; "categories" are
+    all ids that a segment may have.
     """
 
     image: str
@@ -104,22 +97,24 @@ def registered(name: str) -> Dataset:
         raise UserError(
             f"{error}; datasets belong below DETECTRON2_DATASETS, now {root}: see datasets/README.md"
         ) from error
-    dataset = Dataset(name, metadata, _categories(metadata))
-    _read_samples(dataset, content, json_file, metadata.image_root, metadata.panoptic_root)
-    return dataset
+    categories, faults = find_categories(content, json_file)
+    dataset = Dataset(name, metadata, _categories(metadata), faults=faults)
+    for category in categories:
+        known = dataset.categories.get(category["id"])
+        if known is None or (known.name, known.isthing) != (category["name"], bool(category["isthing"])):
+            kind = known and f"{'thing' if known.isthing else 'stuff'} {known.name}"
+            line = f"{json_file}: the category {category} is {kind or 'no category'} of the registered dataset"
+            faults.append(Fault("other category", line))
+    return _with_samples(dataset, content, json_file, metadata.image_root, metadata.panoptic_root)
 
 
 def unregistered(image_root: str, panoptic_root: str, json_file: str) -> Dataset:
     """Describes a dataset in COCO panoptic format. Raises UserError if the JSON is not in this format."""
     content = read_json(json_file)
-    faults: list[Fault] = []
-    categories = _well_formed(content["categories"], CATEGORY, "category", json_file, faults)
-    _find_duplicates(categories, "id", "category id", json_file, faults)
-    name = Path(json_file).stem
-    metadata = Metadata(name=name, **metadata_of(categories))
-    dataset = Dataset(name, metadata, _categories(metadata), faults=faults)
-    _read_samples(dataset, content, json_file, image_root, panoptic_root)
-    return dataset
+    categories, faults = find_categories(content, json_file)
+    metadata = Metadata(name=Path(json_file).stem, **metadata_of(categories))
+    dataset = Dataset(metadata.name, metadata, _categories(metadata), faults=faults)
+    return _with_samples(dataset, content, json_file, image_root, panoptic_root)
 
 
 def _categories(metadata: Metadata) -> dict[int, Category]:
@@ -142,108 +137,107 @@ def _from_records(name: str) -> Dataset:
         raise UserError(f"the dataset {name} cannot be loaded: {error}") from error
     if not categories or any("pan_seg_file_name" not in record for record in records):
         raise UserError(f"the dataset {name} is not panoptic")
-    dataset = Dataset(name, metadata, categories)
-    ids = frozenset(categories)
-    for record in records:
-        size = (record["height"], record["width"]) if "height" in record else None
-        sample = Sample(record["file_name"], record["pan_seg_file_name"], size, record["segments_info"], ids)
-        dataset.samples.append(sample)
+    return Dataset(name, metadata, categories, _samples(records, frozenset(categories)))
+
+
+def _samples(records: Sequence[dict], classes: frozenset) -> list[Sample]:
+    return [
+        Sample(
+            record["file_name"],
+            record.get("pan_seg_file_name", ""),
+            (record["height"], record["width"]) if "height" in record else None,
+            record.get("segments_info", []),
+            classes,
+        )
+        for record in records
+    ]
+
+
+def _with_samples(dataset: Dataset, content: dict, json_file: str, image_root: str, panoptic_root: str) -> Dataset:
+    """Adds the samples and faults of a JSON to a dataset, and returns it."""
+    pairs, faults = find_pairs(content, json_file)
+    dataset.faults += faults
+    for image, annotation in pairs:
+        name = image["file_name"]
+        # The JSON from cityscapesscripts has other names than the image files, which are in one folder per city.
+        if name.endswith("_gtFine_leftImg8bit.png"):
+            name = os.path.join(name.split("_")[0], name.replace("_gtFine", ""))
+        files = os.path.join(image_root, name), os.path.join(panoptic_root, annotation["file_name"])
+        size = (image["height"], image["width"])
+        dataset.samples.append(Sample(*files, size, annotation["segments_info"], frozenset(dataset.categories)))
     return dataset
 
 
-def _well_formed(entries: Any, fields: dict, what: str, json_file: str, faults: list[Fault]) -> list[dict]:
-    """Returns the entries whose fields have the right types; each of the others is a fault."""
-    good: list[dict] = []
-    for entry in entries if isinstance(entries, list) else [entries]:
-        known = entry if isinstance(entry, dict) else {}
-        wrong = [key for key, kind in fields.items() if not isinstance(known.get(key), kind)]
-        if wrong:
-            shown = textwrap.shorten(str(entry), 80, placeholder="…")
-            faults.append(Fault("malformed entry", f"{json_file}: the {what} {shown} has no valid {', '.join(wrong)}"))
-        else:
-            good.append(entry)
-    return good
+def require_readable(names: Sequence[str], records: Sequence[dict]) -> None:
+    """Raises UserError for what makes records unusable, before a run starts; the datasets have the same classes.
+
+    Looks at all segments, at the headers of up to MOST samples' files in parallel, and at the first sample whole. That
+    takes seconds.
+    """
+    samples = _samples(records, frozenset(range(len(MetadataCatalog.get(names[0]).stuff_classes))))
+    step = 1 + len(samples) // MOST
+    with ThreadPoolExecutor(16) as pool:
+        found = pool.map(functools.partial(check_sample, whole=False), samples[::step])
+        faults = [fault for findings in found for fault in findings.faults]
+    for index in range(len(samples)):
+        if index % step:
+            _known_segments(samples[index], faults)
+    lines = [fault.line for fault in faults or check_sample(samples[0]).faults if fault.kind not in HARMLESS]
+    if lines:
+        more = f" (and {len(lines) - 1} more faults)" if len(lines) > 1 else ""
+        raise UserError(
+            f"the dataset {', '.join(names)} cannot be used: {lines[0]}{more}; "
+            "python -m kmax_d2.tools.check_dataset lists everything that is wrong with a dataset"
+        )
 
 
-def _read_samples(dataset: Dataset, content: dict, json_file: str, image_root: str, panoptic_root: str) -> None:
-    """Adds the samples and the faults of the JSON's own entries to a dataset."""
-    faults = dataset.faults
-    ids = frozenset(dataset.categories)
-    images = _well_formed(content["images"], IMAGE, "image", json_file, faults)
-    annotations = _well_formed(content["annotations"], ANNOTATION, "annotation", json_file, faults)
-    _find_duplicates(images, "id", "image id", json_file, faults)
-    _find_duplicates(images, "file_name", "image file", json_file, faults)
-    _find_duplicates(annotations, "image_id", "annotation of image", json_file, faults)
-    _find_duplicates(annotations, "file_name", "PNG", json_file, faults)
-    image_of_id = {image["id"]: image for image in images}
-    for annotation in annotations:
-        png = os.path.join(panoptic_root, annotation["file_name"])
-        image = image_of_id.get(annotation["image_id"])
-        if image is None:
-            faults.append(Fault("annotation without image", f"{png}: no image has the id {annotation['image_id']}"))
-            continue
-        segments = _well_formed(annotation["segments_info"], SEGMENT, f"segment of {png}", json_file, faults)
-        size = (image["height"], image["width"])
-        dataset.samples.append(Sample(_image_file(image_root, image), png, size, segments, ids))
-    annotated = {annotation["image_id"] for annotation in annotations}
-    for id_, image in image_of_id.items():
-        if id_ not in annotated:
-            faults.append(Fault("image without annotation", f"{_image_file(image_root, image)} has no annotation"))
-
-
-def _find_duplicates(entries: list[dict], key: str, what: str, json_file: str, faults: list[Fault]) -> None:
-    for value, count in Counter(entry[key] for entry in entries).items():
-        if count > 1:
-            faults.append(Fault("duplicate", f"{json_file}: {what} {value} is there {count} times"))
-
-
-def _image_file(image_root: str, image: dict) -> str:
-    # The JSON from cityscapesscripts has other names than the image files, which are in one folder per city.
-    name = image["file_name"]
-    if name.endswith("_gtFine_leftImg8bit.png"):
-        name = os.path.join(name.split("_")[0], name.replace("_gtFine", ""))
-    return os.path.join(image_root, name)
-
-
-def check_sample(sample: Sample) -> Findings:
-    """Reads a sample's files and compares them with the dataset's description."""
+def check_sample(sample: Sample, whole: bool = True) -> Findings:
+    """Compares a sample's files, or unless `whole` their headers, with the dataset's description."""
     findings = Findings()
     faults = findings.faults
-    expected = sample.size
-    image = _read(sample.image, "image", faults)
-    if image is not None:
-        findings.size = (image.shape[0], image.shape[1])
-        if expected is not None and tuple(expected) != findings.size:
-            faults.append(
-                Fault("size mismatch", f"{sample.image} is {_size(image.shape)}, the JSON says {_size(expected)}")
-            )
+    findings.size = _read(read_size, sample.image, "image", faults)
+    if findings.size and whole:
+        _read(read_rgb, sample.image, "image", faults)
+    if findings.size and sample.size not in (None, findings.size):
+        line = f"{sample.image} is {_text(findings.size)}, the JSON says {_text(sample.size)}"
+        faults.append(Fault("size mismatch", line))
     known = _known_segments(sample, faults)
-    colors = _read(sample.png, "PNG", faults)
-    if colors is None:
+    size = _read(panoptic_png.size_of, sample.png, "PNG", faults) if sample.png else None
+    if size is None:
         return findings
-    size = findings.size or expected
-    if size is not None and colors.shape[:2] != size:
-        faults.append(Fault("size mismatch", f"{sample.png} is {_size(colors.shape)}, its image {_size(size)}"))
-    present = {segment["id"]: segment["area"] for segment in describe(rgb2id(colors))}
+    expected = findings.size or sample.size
+    if expected not in (None, size):
+        faults.append(Fault("size mismatch", f"{sample.png} is {_text(size)}, its image {_text(expected)}"))
+    ids = _read(panoptic_png.read, sample.png, "PNG", faults) if whole else None
+    if ids is not None:
+        _check_pixels(ids, known, sample.png, findings)
+    return findings
+
+
+def _check_pixels(ids: np.ndarray, known: dict[int, dict], png: str, findings: Findings) -> None:
+    """Adds the segments of an id map (H, W), and where it differs from those that are known."""
+    faults = findings.faults
+    present = {segment["id"]: segment["area"] for segment in panoptic_png.describe(ids)}
     findings.void = present.pop(0, 0)
-    for id_, area in present.items():
-        if id_ not in known:
-            faults.append(Fault("id without segment", f"{sample.png}: {area} pixels of id {id_}, which its JSON lacks"))
+    unknown = [id_ for id_ in present if id_ not in known]
+    if unknown:
+        shown = ", ".join(map(str, unknown[:5])) + (", …" if len(unknown) > 5 else "")
+        line = f"{png}: {sum(present[id_] for id_ in unknown)} pixels have ids that its JSON lacks: {shown}"
+        faults.append(Fault("id without segment", line))
     for id_, segment in known.items():
-        if id_ not in present:
-            faults.append(Fault("segment without pixels", f"{sample.png}: no pixel of segment {id_}"))
+        area = present.get(id_, 0)
+        if not area:
+            faults.append(Fault("segment without pixels", f"{png}: no pixel of segment {id_}"))
             continue
-        area = present[id_]
         if segment.get("area", area) != area:
-            line = f"{sample.png}: segment {id_} has {area} pixels, the JSON says {segment['area']}"
+            line = f"{png}: segment {id_} has {area} pixels, the JSON says {segment['area']}"
             faults.append(Fault("area mismatch", line))
         findings.segments.append((segment["category_id"], area, bool(segment.get("iscrowd", 0))))
-    return findings
 
 
 def _known_segments(sample: Sample, faults: list[Fault]) -> dict[int, dict]:
     """Returns the segments by those ids that a color can encode; adds the faults of the others."""
-    if not sample.segments:
+    if sample.png and not sample.segments:
         faults.append(Fault("empty image", f"{sample.png} has no segment"))
     known: dict[int, dict] = {}
     for segment in sample.segments:
@@ -259,17 +253,14 @@ def _known_segments(sample: Sample, faults: list[Fault]) -> dict[int, dict]:
     return known
 
 
-def _read(file: str, what: str, faults: list[Fault]) -> np.ndarray | None:
-    """Reads (H, W, 3); returns None and adds a fault on failure."""
-    if not os.path.isfile(file):
-        faults.append(Fault(f"missing {what}", file))
-        return None
+def _read(read: Callable[[str], Result], file: str, what: str, faults: list[Fault]) -> Result | None:
+    """Returns what is read from a file, or None and a fault."""
     try:
-        return read_rgb(file, what)
+        return read(file)
     except UserError as error:
-        faults.append(Fault(f"broken {what}", str(error)))
+        faults.append(Fault(f"{'broken' if os.path.exists(file) else 'missing'} {what}", str(error)))
         return None
 
 
-def _size(size: Sequence[int]) -> str:
+def _text(size: Sequence[int]) -> str:
     return f"{size[1]}×{size[0]}"

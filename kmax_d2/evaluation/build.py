@@ -9,6 +9,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluators
 
 from ..errors import UserError
+from ..files import own_folder
 from .cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator
 from .instance import instance_evaluator
 from .panoptic import PanopticEvaluator
@@ -27,14 +28,15 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> Dataset
         output_dir: where Detectron2's evaluators write.
 
     Raises:
-        UserError: no evaluator serves the dataset, or there is nothing to compare with and nowhere to save to.
+        UserError: no evaluator serves the dataset, there is nothing to compare with and nowhere to save to, or the
+            folder to save to has other files.
     """
     metadata = MetadataCatalog.get(dataset_name)
     kind = metadata.get("evaluator_type")
     if kind not in EVALUATOR_TYPES:
         raise UserError(f"there is no evaluator for {dataset_name}, whose evaluator_type is {kind}")
     test = cfg.MODEL.KMAX.TEST
-    saved = Path(test.SAVE_PREDICTIONS) / dataset_name if test.SAVE_PREDICTIONS else None
+    saved = own_folder(Path(test.SAVE_PREDICTIONS) / dataset_name) if test.SAVE_PREDICTIONS else None
     has_truth = metadata.get("panoptic_json") is not None
     if not has_truth and saved is None:
         raise UserError(f"{dataset_name} has no ground truth: --save-predictions DIR writes what its server takes")

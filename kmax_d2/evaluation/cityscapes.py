@@ -100,11 +100,8 @@ def match_instances(
 ) -> dict:
     """Writes an image's instances, a text file and masks, and returns cityscapesscripts' matches with the true ones.
 
-    Args:
-        name: the image's, without suffix.
-        rles, classes, scores: each instance's mask, class name, and confidence.
-        truth: the file of true instance ids; without it nothing is matched.
-        folder: where to keep what is written; None keeps nothing.
+    Each instance has a mask, a class name, and a confidence. `name` is the image's, without suffix; `truth` the file of
+    true instance ids, without which nothing is matched; `folder` keeps what is written.
     """
     import cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling as script
     from cityscapesscripts.helpers.labels import name2label
@@ -183,13 +180,9 @@ class CityscapesInstanceEvaluator(CityscapesEvaluator):
 def count_pixels(
     classes: np.ndarray, name: str, truth: str | None, folder: Path | None
 ) -> tuple[np.ndarray, dict] | None:
-    """Writes an image's label ids and returns cityscapesscripts' confusion matrix and statistics of instances.
+    """Writes the label ids of contiguous classes (H, W); returns cityscapesscripts' confusion matrix and statistics.
 
-    Args:
-        classes: (H, W) contiguous classes.
-        name: the image's, without suffix.
-        truth: the file of true label ids; without it nothing is counted.
-        folder: where to keep the PNG; None keeps none.
+    The statistics are those of instances; the other arguments are as for :func:`match_instances`.
     """
     import cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling as script
     from cityscapesscripts.helpers.labels import trainId2label
@@ -246,9 +239,8 @@ class CityscapesSemanticEvaluator(CityscapesEvaluator):
         args = script.args
         matrix = script.generateMatrix(args) + sum(matrix for matrix, _ in everyone)
         statistics = script.generateInstanceStats(args)
-        for _, instances in everyone:
-            for (group, member, number), value in instances.items():
-                statistics[group][member][number] += value
+        for (group, member, number), value in sum((counts for _, counts in everyone), Counter()).items():
+            statistics[group][member][number] += value
         counts = matrix, statistics, args
         labels = {id2label[label].name: label for label in args.evalLabels}
         scores = {
