@@ -64,7 +64,7 @@ def test_config_with_a_mistake(tmp_path, text, message):
         (["SOLVER.BASELR", "1"], r"no option SOLVER\.BASELR - did you mean SOLVER\.BASE_LR\?"),
         (["MODEL.KMAX.NUM_QUERIES", "8"], r"no option MODEL\.KMAX\.NUM_QUERIES - did you mean "),
         (["SOLVER.BASE_LR"], r"options come in pairs .* SOLVER\.BASE_LR is alone"),
-        (["SOLVER.MAX_ITER", "many"], r"value that does not fit: .*many"),
+        (["SOLVER.MAX_ITER", "many"], r"SOLVER\.MAX_ITER is many, but must be a whole number from 1 on"),
     ],
 )
 def test_options(opts, message):

@@ -61,6 +61,7 @@ def test_what_cannot_be_evaluated_is_not_trained_either(dataset, tmp_path):
     _, content, register = dataset
     register(content, evaluator_type="lvis")
     sets = {f"DATASETS__{split}": (NAME,) for split in ("TRAIN", "TEST")}
+    sets["MODEL__KMAX__NUM_CLASSES"] = 0  # those of the dataset
     trainer = Trainer(ready_config("", options(**sets, OUTPUT_DIR=str(tmp_path / "output"))))
     with pytest.raises(UserError, match=f"there is no evaluator for {NAME}, whose evaluator_type is lvis"):
         trainer.train()

@@ -218,7 +218,7 @@ def test_a_test_set_is_only_saved(root, tmp_path, name):
     saved = tmp_path / "saved" / name
     if name.startswith("coco"):
         stem, image, segments = "panoptic_test-dev2017_kmax_results", 142238, [(1, 1), (2, 92)]
-        assert sorted(file.name for file in saved.iterdir()) == [stem, f"{stem}.json", f"{stem}.zip"]
+        assert sorted(file.name for file in saved.iterdir()) == [".kmax_d2", stem, f"{stem}.json", f"{stem}.zip"]
     else:
         stem, image, segments = "cityscapes_panoptic_test", "berlin_000000_000019", [(1, 24), (2, 7)]
         text = (saved / "instance" / f"{image}_leftImg8bit_pred.txt").read_text()

@@ -160,19 +160,13 @@ class PanopticTrainMapper:
 
 
 def build_augmentations(cfg, scale: float = 1.0) -> list[T.Augmentation]:
-    """Builds the training augmentations in the official order. Raises UserError for an option that does not fit.
+    """Builds the training augmentations in the official order.
 
     Args:
         cfg: the config.
         scale: factor on the config's range of random scales.
     """
     options = cfg.INPUT
-    if len(options.CROP_SIZE) != 2 or min(options.CROP_SIZE) < 1:
-        raise UserError(f"INPUT.CROP_SIZE is {options.CROP_SIZE}, but must be (height, width) in pixels")
-    if len(options.SCALE_RANGE) != 2 or not 0 < options.SCALE_RANGE[0] <= options.SCALE_RANGE[1]:
-        raise UserError(f"INPUT.SCALE_RANGE is {options.SCALE_RANGE}, but must be (smallest, largest), above 0")
-    if options.RANDOM_FLIP not in ("none", "horizontal", "vertical"):
-        raise UserError(f"INPUT.RANDOM_FLIP is {options.RANDOM_FLIP}, but must be none, horizontal or vertical")
     size = tuple(options.CROP_SIZE)
     scale_range = tuple(bound * scale for bound in options.SCALE_RANGE)
     augmentations = [ResizeToFit(size if options.FIT_CROP else None, scale_range, options.SCALE_STEPS)]

@@ -37,7 +37,7 @@ from ..data import (
 from ..data.check import require_readable
 from ..errors import HideUserErrors, UserError
 from ..evaluation import build_evaluator, require_evaluation
-from ..speed import require_precision, training_model, use_precision
+from ..speed import training_model, use_precision
 from .ema import WeightAverage
 from .optimizer import build_lr_scheduler, build_optimizer
 from .stop import StopOnSignal
@@ -57,7 +57,6 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
-        require_precision(cfg.MODEL.KMAX.TEST.PRECISION)  # now, not at the first evaluation
         cfg = cfg.clone()
         cfg.defrost()
         if cfg.SEED < 0:

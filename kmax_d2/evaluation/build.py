@@ -9,6 +9,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluators
 
 from ..errors import UserError
+from ..files import own_folder
 from .cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator, require_cityscapesscripts
 from .instance import instance_evaluator
 from .panoptic import PanopticEvaluator
@@ -20,13 +21,16 @@ EVALUATOR_TYPES = ("coco_panoptic_seg", "cityscapes_panoptic_seg", "ade20k_panop
 def require_evaluation(cfg: CfgNode, dataset_name: str) -> None:
     """Raises UserError if the results that the config asks for cannot be evaluated on a dataset, before there are any.
 
-    No evaluator serves the dataset, its package is missing, or there is neither ground truth nor a folder to save to.
+    No evaluator serves the dataset, its package is missing, there is neither ground truth nor a folder to save to, or
+    that folder has other files.
     """
     metadata, test = MetadataCatalog.get(dataset_name), cfg.MODEL.KMAX.TEST
     kind = metadata.get("evaluator_type")
     if kind not in EVALUATOR_TYPES:
         raise UserError(f"there is no evaluator for {dataset_name}, whose evaluator_type is {kind}")
-    if metadata.get("panoptic_json") is None and not test.SAVE_PREDICTIONS:
+    if test.SAVE_PREDICTIONS:
+        own_folder(Path(test.SAVE_PREDICTIONS) / dataset_name)
+    elif metadata.get("panoptic_json") is None:
         raise UserError(f"{dataset_name} has no ground truth: --save-predictions DIR writes what its server takes")
     if kind == "cityscapes_panoptic_seg" and (test.INSTANCE_ON or test.SEMANTIC_ON):
         require_cityscapesscripts()
