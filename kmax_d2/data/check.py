@@ -160,9 +160,7 @@ def check_record(record: dict, categories: Container[int], whole: bool = True) -
     findings = Findings()
     faults, image = findings.faults, record["file_name"]
     png = record.get("pan_seg_file_name", "")  # a test set may have no ground truth
-    findings.size = _read(read_size, image, "image", faults)
-    if findings.size and whole:
-        _read(read_rgb, image, "image", faults)
+    findings.size = _read(_size_when_read if whole else read_size, image, "image", faults)
     described = (record["height"], record["width"]) if "height" in record else None
     if findings.size and described and findings.size != described:
         faults.append(Fault("size mismatch", f"{image} is {_text(findings.size)}, the JSON says {_text(described)}"))
@@ -226,6 +224,10 @@ def _read(read: Callable[[str], Result], file: str, what: str, faults: list[Faul
     except UserError as error:
         faults.append(Fault(f"{'broken' if os.path.exists(file) else 'missing'} {what}", str(error)))
         return None
+
+
+def _size_when_read(file: str) -> tuple[int, int]:
+    return read_rgb(file).shape[:2]
 
 
 def _text(size: Sequence[int]) -> str:
