@@ -52,7 +52,9 @@ def read_rgb(file: str, what: str = "image", gray: bool = True) -> np.ndarray:
 def read_size(file: str, what: str = "image", gray: bool = True) -> tuple[int, int]:
     """Reads from a file's header the (height, width) of :func:`read_rgb`; raises UserError as far as that shows."""
     with _opened(file, what, gray) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        # Without EXIF in its header, a PNG would be decoded to look for it at the end.
+        exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+        turned = exif.get(ExifTags.Base.Orientation) in range(5, 9)
         return image.size if turned else (image.height, image.width)
 
 

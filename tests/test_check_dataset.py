@@ -9,7 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco_panoptic import register_coco_panoptic
 from PIL import Image
 
-from kmax_d2.data.check import check_sample, registered, unregistered
+from kmax_d2.data.check import registered, unregistered
 from kmax_d2.data.datasets import coco_panoptic, shapes
 from kmax_d2.data.panoptic_png import describe
 from kmax_d2.data.segment_ids import id2rgb, rgb2id
@@ -326,7 +326,7 @@ def test_dataset_that_has_records_only(folder, catalog):
     dataset = registered(catalog)
     assert [findings.faults for findings in dataset.check(workers=1)] == [[], [], []]
     records[0]["segments_info"][0]["category_id"] = 9
-    assert [fault.kind for fault in check_sample(registered(catalog).samples[0]).faults] == ["unknown category"]
+    assert [fault.kind for fault in registered(catalog).check(workers=1)[0].faults] == ["unknown category"]
 
 
 def test_processes_find_what_one_finds(folder):

@@ -37,6 +37,7 @@ def test_a_damaged_png_is_an_error_wherever_the_damage_is(tmp_path, pixels, plac
     file.write_bytes(content)
     with pytest.raises(UserError, match=rf"^cannot read the image .*a\.{suffix}: "):
         read_rgb(str(file))
+    assert read_size(str(file)) == (40, 60), "more than the header was read"
 
 
 def test_what_is_not_a_file_is_an_error_and_is_not_waited_for(tmp_path):

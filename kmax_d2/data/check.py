@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +18,12 @@ from ..errors import UserError
 from ..images import read_rgb, read_size
 from ..parallel import parallel_map
 from . import panoptic_png
-from .datasets.coco_panoptic import Fault, find_categories, find_pairs, metadata_of, read_json
+from .datasets import coco_panoptic
+from .datasets.coco_panoptic import Fault
 from .segment_ids import NUM_IDS
 
-HARMLESS = {"area mismatch", "empty image", "segment without pixels"}  # faults of samples that can be used
-MOST = 20_000  # samples of which require_readable opens the files; of a larger dataset, evenly spaced ones
+HARMLESS = {"area mismatch", "empty image", "segment without pixels"}  # faults of records that can be used
+MOST = 20_000  # records of which require_readable opens the files; of a larger dataset, evenly spaced ones
 
 Result = TypeVar("Result")
 
@@ -35,24 +36,9 @@ class Category(NamedTuple):
     contiguous: int
 
 
-@dataclass(frozen=True)
-class Sample:
-    """An image and its annotation as described by the dataset.
-
-    "png" is empty for a test set without ground truth; "size" is (height, width), None if not given; "categories" are
-    all ids that a segment may have.
-    """
-
-    image: str
-    png: str
-    size: tuple[int, int] | None
-    segments: list[dict]
-    categories: frozenset
-
-
 @dataclass
 class Findings:
-    """The contents of a sample's files: faults, (height, width), number of void pixels, and segments.
+    """The contents of a record's files: faults, (height, width), number of void pixels, and segments.
 
     A segment is (category id, area in pixels, whether it is a crowd).
     """
@@ -65,17 +51,21 @@ class Findings:
 
 @dataclass
 class Dataset:
-    """A dataset as described by its JSON, before any other file is read, and the faults of the JSON."""
+    """A dataset as described by its JSON, before any other file is read, and the faults of the JSON.
+
+    The records have category ids of `categories`.
+    """
 
     name: str
     metadata: Metadata
     categories: dict[int, Category]
-    samples: list[Sample] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
+    records: list[dict]
+    faults: list[Fault]
 
     def check(self, workers: int = 0) -> list[Findings]:
-        """Reads all files in parallel; returns the findings in the order of the samples."""
-        return parallel_map(check_sample, self.samples, f"checking {self.name}", workers)
+        """Reads all files in parallel; returns the findings in the order of the records."""
+        check = functools.partial(check_record, categories=frozenset(self.categories))
+        return parallel_map(check, self.records, f"checking {self.name}", workers)
 
 
 def registered(name: str) -> Dataset:
@@ -89,7 +79,7 @@ def registered(name: str) -> Dataset:
         with contextlib.suppress(OSError, AssertionError, UserError):
             DatasetCatalog.get(name)
     try:
-        content = read_json(json_file)
+        content = coco_panoptic.read_json(json_file)
     except UserError as error:
         if os.path.exists(json_file):
             raise
@@ -97,24 +87,25 @@ def registered(name: str) -> Dataset:
         raise UserError(
             f"{error}; datasets belong below DETECTRON2_DATASETS, now {root}: see datasets/README.md"
         ) from error
-    categories, faults = find_categories(content, json_file)
-    dataset = Dataset(name, metadata, _categories(metadata), faults=faults)
+    known = _categories(metadata)
+    categories, faults = coco_panoptic.find_categories(content, json_file)
     for category in categories:
-        known = dataset.categories.get(category["id"])
-        if known is None or (known.name, known.isthing) != (category["name"], bool(category["isthing"])):
-            kind = known and f"{'thing' if known.isthing else 'stuff'} {known.name}"
+        same_id = known.get(category["id"])
+        if same_id is None or (same_id.name, same_id.isthing) != (category["name"], bool(category["isthing"])):
+            kind = same_id and f"{'thing' if same_id.isthing else 'stuff'} {same_id.name}"
             line = f"{json_file}: the category {category} is {kind or 'no category'} of the registered dataset"
             faults.append(Fault("other category", line))
-    return _with_samples(dataset, content, json_file, metadata.image_root, metadata.panoptic_root)
+    records, more = coco_panoptic.find_records(content, json_file, metadata.image_root, metadata.panoptic_root)
+    return Dataset(name, metadata, known, records, faults + more)
 
 
 def unregistered(image_root: str, panoptic_root: str, json_file: str) -> Dataset:
     """Describes a dataset in COCO panoptic format. Raises UserError if the JSON is not in this format."""
-    content = read_json(json_file)
-    categories, faults = find_categories(content, json_file)
-    metadata = Metadata(name=Path(json_file).stem, **metadata_of(categories))
-    dataset = Dataset(metadata.name, metadata, _categories(metadata), faults=faults)
-    return _with_samples(dataset, content, json_file, image_root, panoptic_root)
+    content = coco_panoptic.read_json(json_file)
+    categories, faults = coco_panoptic.find_categories(content, json_file)
+    metadata = Metadata(name=Path(json_file).stem, **coco_panoptic.metadata_of(categories))
+    records, more = coco_panoptic.find_records(content, json_file, image_root, panoptic_root)
+    return Dataset(metadata.name, metadata, _categories(metadata), records, faults + more)
 
 
 def _categories(metadata: Metadata) -> dict[int, Category]:
@@ -137,52 +128,25 @@ def _from_records(name: str) -> Dataset:
         raise UserError(f"the dataset {name} cannot be loaded: {error}") from error
     if not categories or any("pan_seg_file_name" not in record for record in records):
         raise UserError(f"the dataset {name} is not panoptic")
-    return Dataset(name, metadata, categories, _samples(records, frozenset(categories)))
-
-
-def _samples(records: Sequence[dict], classes: frozenset) -> list[Sample]:
-    return [
-        Sample(
-            record["file_name"],
-            record.get("pan_seg_file_name", ""),
-            (record["height"], record["width"]) if "height" in record else None,
-            record.get("segments_info", []),
-            classes,
-        )
-        for record in records
-    ]
-
-
-def _with_samples(dataset: Dataset, content: dict, json_file: str, image_root: str, panoptic_root: str) -> Dataset:
-    """Adds the samples and faults of a JSON to a dataset, and returns it."""
-    pairs, faults = find_pairs(content, json_file)
-    dataset.faults += faults
-    for image, annotation in pairs:
-        name = image["file_name"]
-        # The JSON from cityscapesscripts has other names than the image files, which are in one folder per city.
-        if name.endswith("_gtFine_leftImg8bit.png"):
-            name = os.path.join(name.split("_")[0], name.replace("_gtFine", ""))
-        files = os.path.join(image_root, name), os.path.join(panoptic_root, annotation["file_name"])
-        size = (image["height"], image["width"])
-        dataset.samples.append(Sample(*files, size, annotation["segments_info"], frozenset(dataset.categories)))
-    return dataset
+    return Dataset(name, metadata, categories, records, [])
 
 
 def require_readable(names: Sequence[str], records: Sequence[dict]) -> None:
     """Raises UserError for what makes records unusable, before a run starts; the datasets have the same classes.
 
-    Looks at all segments, at the headers of up to MOST samples' files in parallel, and at the first sample whole. That
-    takes seconds.
+    Looks at all segments, at the headers of up to MOST records' files in parallel, and at the first record's files
+    whole. That takes seconds.
     """
-    samples = _samples(records, frozenset(range(len(MetadataCatalog.get(names[0]).stuff_classes))))
-    step = 1 + len(samples) // MOST
+    categories = frozenset(range(len(MetadataCatalog.get(names[0]).stuff_classes)))
+    step = 1 + len(records) // MOST
     with ThreadPoolExecutor(16) as pool:
-        found = pool.map(functools.partial(check_sample, whole=False), samples[::step])
-        faults = [fault for findings in found for fault in findings.faults]
-    for index in range(len(samples)):
+        check = functools.partial(check_record, categories=categories, whole=False)
+        faults = [fault for findings in pool.map(check, records[::step]) for fault in findings.faults]
+    for index, record in enumerate(records):
         if index % step:
-            _known_segments(samples[index], faults)
-    lines = [fault.line for fault in faults or check_sample(samples[0]).faults if fault.kind not in HARMLESS]
+            _known_segments(record, categories, faults)
+    faults = faults or check_record(records[0], categories).faults
+    lines = [fault.line for fault in faults if fault.kind not in HARMLESS]
     if lines:
         more = f" (and {len(lines) - 1} more faults)" if len(lines) > 1 else ""
         raise UserError(
@@ -191,26 +155,25 @@ def require_readable(names: Sequence[str], records: Sequence[dict]) -> None:
         )
 
 
-def check_sample(sample: Sample, whole: bool = True) -> Findings:
-    """Compares a sample's files, or unless `whole` their headers, with the dataset's description."""
+def check_record(record: dict, categories: Container[int], whole: bool = True) -> Findings:
+    """Compares a record's files, or unless `whole` their headers, with the record; segments are of `categories`."""
     findings = Findings()
-    faults = findings.faults
-    findings.size = _read(read_size, sample.image, "image", faults)
-    if findings.size and whole:
-        _read(read_rgb, sample.image, "image", faults)
-    if findings.size and sample.size not in (None, findings.size):
-        line = f"{sample.image} is {_text(findings.size)}, the JSON says {_text(sample.size)}"
-        faults.append(Fault("size mismatch", line))
-    known = _known_segments(sample, faults)
-    size = _read(panoptic_png.size_of, sample.png, "PNG", faults) if sample.png else None
+    faults, image = findings.faults, record["file_name"]
+    png = record.get("pan_seg_file_name", "")  # a test set may have no ground truth
+    findings.size = _read(_size_when_read if whole else read_size, image, "image", faults)
+    described = (record["height"], record["width"]) if "height" in record else None
+    if findings.size and described and findings.size != described:
+        faults.append(Fault("size mismatch", f"{image} is {_text(findings.size)}, the JSON says {_text(described)}"))
+    known = _known_segments(record, categories, faults)
+    size = _read(panoptic_png.size_of, png, "PNG", faults) if png else None
     if size is None:
         return findings
-    expected = findings.size or sample.size
+    expected = findings.size or described
     if expected not in (None, size):
-        faults.append(Fault("size mismatch", f"{sample.png} is {_text(size)}, its image {_text(expected)}"))
-    ids = _read(panoptic_png.read, sample.png, "PNG", faults) if whole else None
+        faults.append(Fault("size mismatch", f"{png} is {_text(size)}, its image {_text(expected)}"))
+    ids = _read(panoptic_png.read, png, "PNG", faults) if whole else None
     if ids is not None:
-        _check_pixels(ids, known, sample.png, findings)
+        _check_pixels(ids, known, png, findings)
     return findings
 
 
@@ -235,19 +198,20 @@ def _check_pixels(ids: np.ndarray, known: dict[int, dict], png: str, findings: F
         findings.segments.append((segment["category_id"], area, bool(segment.get("iscrowd", 0))))
 
 
-def _known_segments(sample: Sample, faults: list[Fault]) -> dict[int, dict]:
+def _known_segments(record: dict, categories: Container[int], faults: list[Fault]) -> dict[int, dict]:
     """Returns the segments by those ids that a color can encode; adds the faults of the others."""
-    if sample.png and not sample.segments:
-        faults.append(Fault("empty image", f"{sample.png} has no segment"))
+    png, segments = record.get("pan_seg_file_name"), record.get("segments_info", ())
+    if png and not segments:
+        faults.append(Fault("empty image", f"{png} has no segment"))
     known: dict[int, dict] = {}
-    for segment in sample.segments:
+    for segment in segments:
         id_, category = segment["id"], segment["category_id"]
-        if category not in sample.categories:
-            faults.append(Fault("unknown category", f"{sample.png}: segment {id_} has category {category}"))
+        if category not in categories:
+            faults.append(Fault("unknown category", f"{png}: segment {id_} has category {category}"))
         if not 0 < id_ < NUM_IDS:
-            faults.append(Fault("id out of range", f"{sample.png}: segment id {id_} is not within 1 and {NUM_IDS - 1}"))
+            faults.append(Fault("id out of range", f"{png}: segment id {id_} is not within 1 and {NUM_IDS - 1}"))
         elif id_ in known:
-            faults.append(Fault("duplicate", f"{sample.png}: segment id {id_} is there more than once"))
+            faults.append(Fault("duplicate", f"{png}: segment id {id_} is there more than once"))
         else:
             known[id_] = segment
     return known
@@ -260,6 +224,10 @@ def _read(read: Callable[[str], Result], file: str, what: str, faults: list[Faul
     except UserError as error:
         faults.append(Fault(f"{'broken' if os.path.exists(file) else 'missing'} {what}", str(error)))
         return None
+
+
+def _size_when_read(file: str) -> tuple[int, int]:
+    return read_rgb(file).shape[:2]
 
 
 def _text(size: Sequence[int]) -> str:

@@ -36,7 +36,7 @@ from ..data import (
 )
 from ..data.check import require_readable
 from ..errors import HideUserErrors, UserError
-from ..evaluation import build_evaluator
+from ..evaluation import build_evaluator, require_evaluation
 from ..speed import training_model, use_precision
 from .ema import WeightAverage
 from .optimizer import build_lr_scheduler, build_optimizer
@@ -119,6 +119,7 @@ class Trainer(DefaultTrainer):
         """
         if comm.is_main_process():
             for name in self.cfg.DATASETS.TEST:
+                require_evaluation(self.cfg, name)
                 with _needs_files_of([name]):
                     require_readable([name], get_detection_dataset_dicts(name, filter_empty=False))
         log, hide = logging.getLogger(TrainerBase.__module__), HideUserErrors()

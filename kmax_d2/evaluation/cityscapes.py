@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import io
 from argparse import Namespace
 from collections import Counter
@@ -44,25 +45,25 @@ def _errors_of_script() -> Iterator[None]:
         raise UserError("this cityscapesscripts needs an older NumPy: run `pip install 'numpy<2.4'`") from error
 
 
+def require_cityscapesscripts() -> None:
+    """Raises UserError if cityscapesscripts is not installed."""
+    if importlib.util.find_spec("cityscapesscripts") is None:
+        raise UserError(
+            "evaluating Cityscapes needs cityscapesscripts: run `pip install cityscapesscripts 'numpy<2.4'`"
+        )
+
+
 class CityscapesEvaluator(DatasetEvaluator):
     """The common part of the two evaluators.
 
     Args:
         dataset_name: with "gt_dir", the folder of the cities, in its metadata; without, predictions are only written.
         folder: where to keep predictions as the server takes them, with a zip file beside it; None keeps none.
-
-    Raises:
-        UserError: cityscapesscripts is not installed.
     """
 
     truth_suffix = ""  # of the ground truth's files
 
     def __init__(self, dataset_name: str, folder: Path | None = None):
-        try:
-            import cityscapesscripts  # noqa: F401
-        except ImportError as error:
-            message = "evaluating Cityscapes needs cityscapesscripts: run `pip install cityscapesscripts 'numpy<2.4'`"
-            raise UserError(message) from error
         metadata = MetadataCatalog.get(dataset_name)
         self.names = metadata.stuff_classes
         self.truth_folder = metadata.get("gt_dir")

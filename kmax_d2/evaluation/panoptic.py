@@ -23,8 +23,6 @@ from .output import archive, compact, empty_folder
 from .panoptic_quality import match_segments, panoptic_quality
 from .pool import EvaluationPool
 
-NEEDED = {"id", "category_id", "area", "iscrowd"}  # of a true segment
-
 logger = logging.getLogger(__name__)
 
 
@@ -54,7 +52,7 @@ class PanopticEvaluator(DatasetEvaluator):
         name: the name of these files.
 
     Raises:
-        UserError: the ground truth lacks what PQ needs, or predictions of two images would have one file.
+        UserError: predictions of two images would have one file.
     """
 
     def __init__(self, dataset_name: str, folder: Path | None = None, name: str = ""):
@@ -77,10 +75,6 @@ class PanopticEvaluator(DatasetEvaluator):
             if folder is not None and len(names) < names.total():
                 (name, _), *_ = names.most_common(1)
                 raise UserError(f"two images of {self.json_file} have the name {name}: to save predictions, rename one")
-            for annotation in self.truth.values():
-                if missing := {key for segment in annotation["segments_info"] for key in NEEDED - segment.keys()}:
-                    where = f"{self.json_file}: a segment of {annotation['file_name']}"
-                    raise UserError(f"{where} has no {' and no '.join(sorted(missing))}, which PQ needs")
 
     def reset(self) -> None:
         """Forgets all predictions, those in the folder too."""

@@ -89,8 +89,8 @@ def find_categories(content: dict, json_file: str) -> tuple[list[dict], list[Fau
     return categories, faults + _duplicates(categories, "id", "category id", json_file)
 
 
-def find_pairs(content: dict, json_file: str) -> tuple[list[tuple[dict, dict]], list[Fault]]:
-    """Returns the (image, annotation) pairs of a JSON, of valid entries and segments, and the faults of all others."""
+def find_records(content: dict, json_file: str, image_root: str, panoptic_root: str) -> tuple[list[dict], list[Fault]]:
+    """Returns the records of a JSON with its own category ids, and the faults of the entries that are in none."""
     faults: list[Fault] = []
     images = _well_formed(content["images"], "image", json_file, faults)
     annotations = _well_formed(content["annotations"], "annotation", json_file, faults)
@@ -99,17 +99,30 @@ def find_pairs(content: dict, json_file: str) -> tuple[list[tuple[dict, dict]], 
     faults += _duplicates(annotations, "image_id", "annotation of image", json_file)
     faults += _duplicates(annotations, "file_name", "PNG", json_file)
     image_of_id = {image["id"]: image for image in images}
-    pairs = []
+    records = []
     for annotation in annotations:
-        where, id_ = f"{json_file}: {annotation['file_name']}", annotation["image_id"]
-        if id_ in image_of_id:
-            segments = _well_formed(annotation["segments_info"], "segment", where, faults)
-            pairs.append((image_of_id[id_], annotation | {"segments_info": segments}))
-        else:
-            faults.append(Fault("annotation without image", f"{where}: no image has the id {id_}"))
+        where, image = f"{json_file}: {annotation['file_name']}", image_of_id.get(annotation["image_id"])
+        if image is None:
+            line = f"{where}: no image has the id {annotation['image_id']}"
+            faults.append(Fault("annotation without image", line))
+            continue
+        name = image["file_name"]
+        # The JSON from cityscapesscripts has other names than the image files, which are in one folder per city.
+        if name.endswith("_gtFine_leftImg8bit.png"):
+            name = os.path.join(name.split("_")[0], name.replace("_gtFine", ""))
+        records.append(
+            {
+                "file_name": os.path.join(image_root, name),
+                "image_id": image["id"],
+                "height": image["height"],
+                "width": image["width"],
+                "pan_seg_file_name": os.path.join(panoptic_root, annotation["file_name"]),
+                "segments_info": _well_formed(annotation["segments_info"], "segment", where, faults),
+            }
+        )
     unused = image_of_id.keys() - {annotation["image_id"] for annotation in annotations}
     names = [image["file_name"] for image in images if image["id"] in unused]
-    return pairs, faults + [Fault(UNUSED_IMAGE, f"{json_file}: the image {name} has no annotation") for name in names]
+    return records, faults + [Fault(UNUSED_IMAGE, f"{json_file}: the image {name} has no annotation") for name in names]
 
 
 def _require_none(faults: Sequence[Fault]) -> None:
@@ -129,30 +142,15 @@ def load(json_file: str, image_root: str, panoptic_root: str, categories: Sequen
     if categories is None:
         categories, faults = find_categories(content, json_file)
         _require_none(faults)
-    pairs, faults = find_pairs(content, json_file)
+    records, faults = find_records(content, json_file, image_root, panoptic_root)
     _require_none(faults)
-    contiguous = {category["id"]: index for index, category in enumerate(categories)}
-    things = {category["id"] for category in categories if category["isthing"]}
-    records = []
-    for image, annotation in pairs:
-        segments, file = annotation["segments_info"], annotation["file_name"]
-        if unknown := {segment["category_id"] for segment in segments} - contiguous.keys():
-            line = f"a segment of {file} has category {min(unknown)}, which its categories do not define"
-            raise UserError(f"{json_file}: {line}")
-        records.append(
-            {
-                "file_name": os.path.join(image_root, image["file_name"]),
-                "image_id": image["id"],
-                "height": image["height"],
-                "width": image["width"],
-                "pan_seg_file_name": os.path.join(panoptic_root, file),
-                "segments_info": [
-                    segment | {"category_id": contiguous[category], "isthing": category in things}
-                    for segment in segments
-                    for category in [segment["category_id"]]
-                ],
-            }
-        )
+    known = {category["id"]: (index, bool(category["isthing"])) for index, category in enumerate(categories)}
+    for record in records:
+        for segment in record["segments_info"]:
+            if segment["category_id"] not in known:
+                line = f"{os.path.basename(record['pan_seg_file_name'])} has category {segment['category_id']}"
+                raise UserError(f"{json_file}: a segment of {line}, which its categories do not define")
+            segment["category_id"], segment["isthing"] = known[segment["category_id"]]
     if not records:
         raise UserError(f"{json_file} has no annotations")
     require_files([record["file_name"] for record in records], "images", json_file)
