@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 from prepare_common import convert_split, find, make_panoptic, parse_args
 
+from kmax_d2.command_line import run_program
 from kmax_d2.data.datasets import ade20k
 from kmax_d2.data.mapper import read_image
 from kmax_d2.data.panoptic_png import describe
-from kmax_d2.errors import UserError, exit_on_user_error
+from kmax_d2.errors import UserError
 
 FOLDERS = {"train": "training", "val": "validation"}
 # The instance annotations number only the things, from 1, in the order of all classes.
@@ -83,4 +84,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_program(main)

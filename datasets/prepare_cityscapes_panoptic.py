@@ -19,8 +19,9 @@ import numpy as np
 from PIL import Image
 from prepare_common import convert_split, find, is_whole, make_panoptic, parse_args
 
+from kmax_d2.command_line import run_program
 from kmax_d2.data.segment_ids import rgb2id
-from kmax_d2.errors import UserError, exit_on_user_error
+from kmax_d2.errors import UserError
 from kmax_d2.files import whole_file
 
 try:
@@ -117,4 +118,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_program(main)

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 from prepare_common import is_whole, parse_args
 
+from kmax_d2.command_line import run_program
 from kmax_d2.data.datasets import coco_panoptic
-from kmax_d2.errors import exit_on_user_error
 from kmax_d2.evaluation.semantic import segment_classes
 from kmax_d2.files import make_folder, whole_file
 from kmax_d2.parallel import parallel_map
@@ -46,4 +46,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_program(main)

@@ -14,7 +14,7 @@ PARSES_FIRST = True  # read by kmax_d2, which then does not import PyTorch yet
 
 from kmax_d2.command_line import ConfigParser, run_program
 
-PARSER = ConfigParser(__doc__, config_file=False, weights=True, options="--opts")
+PARSER = ConfigParser(__doc__, config_file=False, weights=True, overwrite=True, options="--opts")
 PARSER.add_argument(
     "--input", nargs="+", required=True, metavar="IMAGE", help='images, folders of images, or patterns like "*.jpg"'
 )
@@ -39,7 +39,7 @@ from kmax_d2.data.mapper import PanopticTestMapper, read_image
 from kmax_d2.engine import load_predictor, ready_config
 from kmax_d2.engine.setup import PANOPTIC_ONLY, dataset_metadata
 from kmax_d2.errors import UserError
-from kmax_d2.files import make_folder, write_png
+from kmax_d2.files import make_folder, require_own, write_png
 from kmax_d2.images import find_images
 from kmax_d2.speed import use_precision
 from kmax_d2.visualization import draw_panoptic, result_page
@@ -54,8 +54,7 @@ def setup(args: argparse.Namespace, default: str = DEFAULT_CONFIG) -> CfgNode:
     Raises UserError if the config, an option, or a dataset is wrong.
     """
     config = args.config_file or default
-    weights = ["MODEL.WEIGHTS", model_zoo.get_checkpoint_url(config)] if model_zoo.has_weights(config) else []
-    return ready_config(config, [*weights, *args.opts], PANOPTIC_ONLY)
+    return ready_config(config, [*model_zoo.trained_weights(config), *args.opts], PANOPTIC_ONLY)
 
 
 def load(args: argparse.Namespace) -> tuple[CfgNode, nn.Module]:
@@ -115,9 +114,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
     written = 0
     if files:
+        folder, endings = Path(args.output), [".png", "_assignments.png"] if args.assignments else [".png"]
+        stems = name_outputs(files, folder, endings)
+        require_own([folder / (stem + ending) for stem in stems.values() for ending in endings], args.overwrite)
         cfg, model = load(args)
-        metadata, mapper, folder = dataset_metadata(cfg), PanopticTestMapper(cfg), make_folder(Path(args.output))
-        stems = name_outputs(files, folder, [".png", "_assignments.png"] if args.assignments else [".png"])
+        make_folder(folder)
+        metadata, mapper = dataset_metadata(cfg), PanopticTestMapper(cfg)
         with use_precision(cfg.MODEL.KMAX.TEST.PRECISION, cfg.MODEL.DEVICE):
             for file in tqdm(files, unit="image", disable=None):
                 try:

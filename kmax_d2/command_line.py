@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 
-from .errors import exit_on_user_error
+from .errors import report_errors
 
 
 class ConfigParser(argparse.ArgumentParser):
@@ -18,12 +18,19 @@ class ConfigParser(argparse.ArgumentParser):
         doc: the program's docstring, shown by ``--help``.
         config_file: whether ``--config-file`` is required; None leaves it out.
         weights: whether there is ``--weights``.
+        overwrite: whether there is ``--overwrite``.
         options: "opts" for NAME VALUE pairs anywhere after the program's own positional arguments; "--opts" if they
             must follow that flag, because the program takes a list of something else.
     """
 
     def __init__(
-        self, doc: str, *, config_file: bool | None = True, weights: bool = False, options: str | None = "opts"
+        self,
+        doc: str,
+        *,
+        config_file: bool | None = True,
+        weights: bool = False,
+        overwrite: bool = False,
+        options: str | None = "opts",
     ):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         self._options = options
@@ -32,6 +39,9 @@ class ConfigParser(argparse.ArgumentParser):
             self.add_argument("--config-file", required=config_file, metavar="FILE", help=text)
         if weights:
             self.add_argument("--weights", metavar="FILE", help="checkpoint; short for the option MODEL.WEIGHTS")
+        if overwrite:
+            text = "write over files that kmax_d2 did not make"
+            self.add_argument("--overwrite", action="store_true", help=text)
 
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Parses arguments, None for those of the process; ``--weights`` becomes one of the options in "opts"."""
@@ -40,14 +50,17 @@ class ConfigParser(argparse.ArgumentParser):
             self.add_argument(self._options, nargs="*", default=[], metavar="NAME VALUE", help=text)
             self._options = None
         args = self.parse_intermixed_args(argv)
+        if argv is None:
+            report_errors()
         if getattr(args, "weights", None):
             args.opts = ["MODEL.WEIGHTS", args.weights, *args.opts]
         return args
 
 
 def run_program(main: Callable[[], object]) -> None:
-    """Runs a program's main function with freed memory kept; a UserError ends it with one line and status 1."""
+    """Runs a program's main function with freed memory kept; errors of the user's are one line."""
+    report_errors()
     from .speed import keep_freed_memory  # imports PyTorch
 
     keep_freed_memory()
-    exit_on_user_error(main)
+    main()

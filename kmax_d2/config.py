@@ -11,6 +11,9 @@ def add_kmax_config(cfg: CfgNode) -> None:
     cfg.INPUT.DATASET_MAPPER_NAME = "PanopticTrainMapper"  # training mapper, by its name in MAPPER_REGISTRY
     cfg.INPUT.CROP_SIZE = [1281, 1281]  # height and width of training crops and padded test images, in pixels
     cfg.INPUT.FIT_CROP = True  # resize each image to just fit the crop, before any random scaling
+    # Detectron2's sizes for its DefaultPredictor; load_config computes them from CROP_SIZE and FIT_CROP.
+    cfg.INPUT.MIN_SIZE_TEST = -1
+    cfg.INPUT.MAX_SIZE_TEST = -1  # the same
     cfg.INPUT.SCALE_RANGE = [0.3, 1.7]  # smallest and largest random scale of a training image
     cfg.INPUT.SCALE_STEPS = 15  # number of evenly spaced scales to draw from; 0 draws from the whole range
     cfg.INPUT.COLOR_POLICY = True  # distort colors with the policy of the official training

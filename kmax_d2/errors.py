@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import builtins
 import difflib
 import logging
+import os
+import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from concurrent.futures import BrokenExecutor
+from types import TracebackType
 
 
 class UserError(RuntimeError):
@@ -18,16 +23,34 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" - did you mean {closest[0]}?" if closest else ""
 
 
-def exit_on_user_error(main: Callable[[], object]) -> None:
-    """Runs a program's main function; a UserError prints its one line and exits with status 1."""
-    try:
-        main()
-    except Exception as error:
-        # From a data loader worker or another process, it arrives as text that starts with the traceback.
-        marker = f"{UserError.__qualname__}: "
-        if not isinstance(error, UserError) and marker not in str(error):
-            raise
-        sys.exit(f"error: {str(error).rsplit(marker, 1)[-1].strip()}")
+def report_errors() -> None:
+    """From here on, what ends this process and the user can mend or has caused is one line instead of a traceback."""
+    sys.excepthook = _report
+
+
+def _report(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    if isinstance(error, BrokenPipeError):  # whoever read the output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    elif line := _one_line(error):
+        print(line, file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+def _one_line(error: BaseException) -> str:
+    """Returns what to show of an error, or an empty string if that is its traceback."""
+    if isinstance(error, KeyboardInterrupt):
+        return "\ninterrupted"
+    name, text = type(error).__name__, str(error)
+    if "Traceback (most recent" in text:  # from a data loader worker or another process
+        name, _, text = text.strip().splitlines()[-1].partition(": ")
+        name = name.rpartition(".")[-1]
+    if name.endswith("MemoryError") or re.search("DefaultCPUAllocator|out of memory", text):
+        return f"error: not enough memory: use a smaller image, batch, or model {text.partition('. ')[0]}"
+    known = isinstance(error, (UserError, OSError, BrokenExecutor)) or name == UserError.__name__
+    if known or issubclass(getattr(builtins, name, object), OSError):
+        return f"error: {' '.join(re.sub(r'^.Errno -?[0-9]+. ', '', text).split())}"
+    return ""
 
 
 class HideUserErrors(logging.Filter):

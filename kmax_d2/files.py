@@ -97,6 +97,19 @@ def require_own(files: Iterable[Path], overwrite: bool = False) -> None:
             raise UserError(f"{file} exists and was not made by kmax_d2: choose another name, or add --overwrite")
 
 
+def own_folder(folder: Path) -> Path:
+    """Claims a folder for results, creating it if need be; only an empty one, or one that was claimed before.
+
+    Raises UserError for any other folder.
+    """
+    claim = make_folder(folder) / ".kmax_d2"
+    if any(folder.iterdir()) and not claim.exists():
+        raise UserError(f"{folder} is not empty and was not made by kmax_d2: choose another folder")
+    with whole_file(claim) as unfinished:
+        unfinished.write_text(MARK)
+    return folder
+
+
 def _head(file: Path) -> bytes:
     try:
         with open(file, "rb") as stream:

@@ -67,6 +67,11 @@ def get_checkpoint_url(name: str) -> str:
     )
 
 
+def trained_weights(name: str) -> list[str]:
+    """Returns MODEL.WEIGHTS and a config's trained weights as options; an empty list if none are published."""
+    return _trained(name) if has_weights(name) else []
+
+
 def get_config(name: str, trained: bool = False) -> CfgNode:
     """Returns the config of a model as it is written; MODEL.WEIGHTS are trained ones, or those to start training from.
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
 
 from tqdm import tqdm
-from tqdm.contrib.concurrent import process_map
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -16,6 +19,18 @@ Result = TypeVar("Result")
 def num_cores() -> int:
     """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def serve_parent() -> None:
+    """Makes this process end with its parent, however that ends, and leave Ctrl-C to it."""
+
+    def end() -> None:
+        parent.join()
+        os._exit(1)
+
+    parent: Any = multiprocessing.parent_process()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end, daemon=True).start()
 
 
 def parallel_map(
@@ -34,4 +49,5 @@ def parallel_map(
     bar: dict[str, Any] = {"desc": description, "total": len(items), "mininterval": 0.5, "dynamic_ncols": True}
     if workers <= 1:
         return list(tqdm(map(function, items), **bar))
-    return process_map(function, items, max_workers=workers, chunksize=1, **bar)
+    with ProcessPoolExecutor(workers, initializer=serve_parent) as pool:
+        return list(tqdm(pool.map(function, items), **bar))

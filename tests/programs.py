@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from kmax_d2 import errors
+
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "demo" / "demo.py"
 TRAIN_NET = ROOT / "train_net.py"
@@ -24,3 +26,18 @@ def load(file):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def one_line(function, *args):
+    """The line that ends a program if this call fails, or None; an error that would show a traceback is raised."""
+    try:
+        function(*args)
+    except SystemExit as error:
+        return error.code if isinstance(error.code, str) else f"status {error.code}"
+    except Exception as error:
+        line = errors._one_line(error)
+        if not line:
+            raise
+        assert "\n" not in line and len(line) < 2000
+        return line
+    return None

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch._inductor.cudagraph_trees import MarkStepBox
 
-from kmax_d2.engine import Trainer, load_config
+from kmax_d2.engine import load_config
 from kmax_d2.engine.setup import choose_device
 from kmax_d2.errors import UserError
 from kmax_d2.speed import compile_model, fold_batch_norms
@@ -139,10 +139,12 @@ def test_nothing_is_asked_for(model):
 
 
 def test_no_such_mode(model):
-    cfg = load_config("", options(**TINY, MODEL__KMAX__COMPILE="reduce-overheads"))
-    choose_device(cfg)
-    with pytest.raises(UserError, match=r"MODEL.KMAX.COMPILE is reduce-overheads.*did you mean reduce-overhead\?"):
-        Trainer(cfg)
+    for refuse in (
+        lambda: compile_model(model, "reduce-overheads"),
+        lambda: load_config("", ["MODEL.KMAX.COMPILE", "reduce-overheads"]),
+    ):
+        with pytest.raises(UserError, match=r"MODEL.KMAX.COMPILE is reduce-overheads.*did you mean reduce-overhead\?"):
+            refuse()
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ def test_round_trip(config, tmp_path, capsys, kind, ending):
         published.write_checkpoint(file, published.official_variables(source))
     output = tmp_path / "new" / f"model{ending}"
     run(config, file, output, **changes)
+    run(config, file, output, **changes)  # over its own
     assert capsys.readouterr().out.endswith(f"836 weights written to {output}\n")
     assert [file.name for file in output.parent.iterdir()] == [output.name]
     size = sum(value.numel() for value in published.weights(source).values()) * 4
@@ -67,6 +68,13 @@ def test_faults(config, tmp_path):
     with pytest.raises(UserError, match=r"no checkpoint .*none\.pth"):
         run(config, tmp_path / "none.pth", tmp_path / "model.pth")
     torch.save(published.build().state_dict(), tmp_path / "model.pth")
+    for output, message in (
+        ("other.pth", r"other\.pth exists and was not made by kmax_d2"),
+        ("model.pth", "the input"),
+    ):
+        (tmp_path / "other.pth").touch()
+        with pytest.raises(UserError, match=message):
+            run(config, tmp_path / "model.pth", tmp_path / output)
     (tmp_path / "taken").touch()
     with pytest.raises(UserError, match=r"cannot write .*taken"):
         run(config, tmp_path / "model.pth", tmp_path / "taken" / "model.pkl")

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from random_batches import CLASSES, PIXELS, SIZE, areas_of, pairs_of, plain_terms, random_prediction, random_targets
 
-from kmax_d2.errors import UserError
 from kmax_d2.modeling.criterion import Criterion, make_targets
 from kmax_d2.modeling.matcher import VOID, Targets, match
 from kmax_d2.modeling.predictor import Prediction
@@ -124,12 +123,6 @@ def test_semantic_targets_are_read_at_the_semantic_maps_positions():
         criterion = Criterion(num_samples=20, semantic_hard_share=1.0, is_thing=[True] * 3)
         values = criterion(prediction, [], make_targets(list(ids), labels, size, stride), semantic)
         assert values["loss_semantic"].item() == pytest.approx(sum(expected) / 2, rel=1e-5)
-
-
-@pytest.mark.parametrize("share", [-0.1, 20.0])
-def test_share_outside_of_its_range(share):
-    with pytest.raises(UserError, match=f"SEMANTIC_HARD_SHARE is {share}, but ranges from 0 to 1"):
-        Criterion(semantic_hard_share=share)
 
 
 # --- targets ---

@@ -177,3 +177,17 @@ def test_outputs_meet_neither_each_other_nor_an_input(demo, tmp_path):
     files = [tmp_path / "a_assignments.jpg", tmp_path / "a.jpg"]
     stems = demo.name_outputs(files, tmp_path / "out", [".png", "_assignments.png"])
     assert list(stems.values()) == ["a_assignments", "a-2"]
+
+
+def test_pictures_of_the_user_are_kept(demo, tmp_path, weights):
+    """Also those beside an image, such as its mask."""
+    command = ["--config-file", "shapes/quickstart", "--weights", weights, "--input", str(tmp_path / "photo.jpg")]
+    command += ["--output", str(tmp_path), "--opts", *map(str, SURE)]
+    picture().save(tmp_path / "photo.jpg")
+    picture(8, 8).save(tmp_path / "photo.png")
+    with pytest.raises(UserError, match=r"photo\.png exists and was not made by kmax_d2: .*--overwrite"):
+        demo.main(command)
+    assert Image.open(tmp_path / "photo.png").size == (8, 8)
+    demo.main(["--overwrite", *command])
+    demo.main(command)
+    assert Image.open(tmp_path / "photo.png").size == (576, 384)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from kmax_d2.errors import UserError
-from kmax_d2.files import MARK, require_own, whole_file, write_json, write_png
+from kmax_d2.files import MARK, own_folder, require_own, whole_file, write_json, write_png
 
 
 def test_a_file_appears_when_it_is_complete(tmp_path):
@@ -69,3 +69,11 @@ def test_only_files_of_the_project_are_its_own(tmp_path):
     with pytest.raises(UserError, match=r"cannot read "):
         require_own([tmp_path])
     assert Image.open(own).text == {"Comment": MARK, "title": "x"}
+
+
+def test_a_folder_with_other_files_is_not_claimed(tmp_path):
+    assert own_folder(tmp_path / "new") == tmp_path / "new"
+    (tmp_path / "new" / "result").touch()
+    own_folder(tmp_path / "new")
+    with pytest.raises(UserError, match="is not empty and was not made by kmax_d2: choose another folder"):
+        own_folder(tmp_path)

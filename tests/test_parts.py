@@ -76,11 +76,11 @@ def test_part_of_an_unknown_name(option, name, near):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("INPUT.FORMAT", "BGR", "INPUT.FORMAT is BGR, but the model takes RGB"),
+        ("INPUT.FORMAT", "BGR", "INPUT.FORMAT is BGR, but must be RGB"),
         ("MODEL.KMAX.NUM_CLASSES", 0, "MODEL.KMAX.NUM_CLASSES is not set"),
         ("DATASETS.TEST", ("kmax_d2_tests_no_such_data",), "no dataset kmax_d2_tests_no_such_data "),
         ("DATASETS.TRAIN", ("kmax_d2_tests_no_such_data",), "no dataset kmax_d2_tests_no_such_data "),
-        ("MODEL.KMAX.TRANSFORMER_DECODER.TRAINING_QUERIES", -1, f"-1 of {QUERIES} queries"),
+        ("MODEL.KMAX.TRANSFORMER_DECODER.TRAINING_QUERIES", -1, "is -1, but must be a whole number from 0 on"),
         ("MODEL.KMAX.TRANSFORMER_DECODER.TRAINING_QUERIES", QUERIES + 1, f"{QUERIES + 1} of {QUERIES} queries"),
         ("MODEL.KMAX.TRANSFORMER_DECODER.TRAINING_QUERIES", 1, f"1 of {QUERIES} queries"),
         ("MODEL.KMAX.TRANSFORMER_DECODER.NUM_QUERIES", 1, "NUM_QUERIES is 1, but must be at least 2"),
@@ -89,7 +89,7 @@ def test_part_of_an_unknown_name(option, name, near):
         ("MODEL.KMAX.PIXEL_DECODER.IN_FEATURES", ["stage5", "stage4", "stage3", "stage0"], r"names \['stage0'\]"),
         ("MODEL.KMAX.PIXEL_DECODER.KINDS", ["axial", "axial", "square", "square"], "KINDS has square"),
         ("MODEL.KMAX.RESNET.BLOCKS", [1, 1, 1], "KMaXResNet has four stages"),
-        ("MODEL.KMAX.TEST.PIXEL_THRESHOLD", 0.3, "PIXEL_THRESHOLD is 0.3, but must be at least 1/3"),
+        ("MODEL.KMAX.TEST.PIXEL_THRESHOLD", 0.3, "PIXEL_THRESHOLD is 0.3, but must be a number from 0.3333"),
     ],
 )
 def test_config_that_no_model_can_be_built_from(option, value, message):

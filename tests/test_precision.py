@@ -115,7 +115,7 @@ MISSPELT = ["MODEL.KMAX.TEST.PRECISION", "bf16"]
 
 def test_misspelt_precision(own_data, tmp_path):
     """Said before evaluation, training, and pseudo-labels begin."""
-    with pytest.raises(UserError, match=r"is bf16, but there are float32, tf32 and bfloat16"):
+    with pytest.raises(UserError, match=r"is bf16, but must be one of float32, tf32, bfloat16"):
         Trainer.test(load_config("", MISSPELT), nn.Identity())
     with pytest.raises(UserError, match="is bf16"):
         Trainer(load_config("", [*options(), *MISSPELT]))

@@ -10,8 +10,10 @@ import torch
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import kmax_d2
+from kmax_d2 import model_zoo
 from kmax_d2.checkpoint import load_weights
 from kmax_d2.data import PanopticTestMapper, PanopticTrainMapper
 from kmax_d2.data.check import unregistered
@@ -121,9 +123,8 @@ def test_another_models_labels_are_not_mixed_in(folder, made):
 
 
 def test_model_that_finds_nothing_gives_no_dataset(folder):
-    options = ["MODEL.KMAX.TEST.THING_THRESHOLD", "1.1", "MODEL.KMAX.TEST.STUFF_THRESHOLD", "1.1"]
     with pytest.raises(UserError, match=r"none of the 5 images in .*unlabeled got a label"):
-        run(folder, "nothing", *options)
+        run(folder, "nothing", "MODEL.KMAX.TEST.PIXEL_THRESHOLD", "1.0")
 
 
 def test_processes_share_the_images(folder, made):
@@ -166,4 +167,28 @@ def test_weights_are_needed(folder):
     arguments = command(folder, "without")
     del arguments[2:4]
     with pytest.raises(UserError, match=r"no weights: set MODEL\.WEIGHTS"):
+        main([*arguments, "MODEL.WEIGHTS", ""])
+
+
+def test_published_weights_are_the_default(tmp_path, monkeypatch):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(model_zoo, "ADDRESS", "http://127.0.0.1:9")
+    shapes.write_split(tmp_path, "unlabeled", 1, 11)
+    arguments = ["--config-file", "coco/r50", *command(tmp_path, "made")[4:], "MODEL.DEVICE", "cpu"]
+    with pytest.raises(UserError, match=r"cannot download .*/kmax_resnet50_coco_train\.tar\.gz"):
         main(arguments)
+
+
+def test_annotations_of_the_user_are_kept(folder, made):
+    _, pngs, json_file = made
+    kept = json_file.read_text(), (pngs / "0000.png").read_bytes()
+    run(folder)  # over its own
+    json_file.write_text(json.dumps(json.loads(kept[0]) | {"info": {}}))
+    with pytest.raises(UserError, match=r"panoptic_unlabeled\.json exists and was not made by kmax_d2"):
+        run(folder)
+    json_file.write_text(kept[0])
+    Image.open(pngs / "0000.png").save(pngs / "0000.png", pnginfo=PngInfo())
+    with pytest.raises(UserError, match=r"0000\.png exists and was not made by kmax_d2"):
+        run(folder)
+    main([*command(folder, "made"), "--overwrite", "DATALOADER.NUM_WORKERS", "0"])
+    assert (pngs / "0000.png").read_bytes() == kept[1]

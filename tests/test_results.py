@@ -250,7 +250,7 @@ def test_options_of_the_model(quickstart, at_crop, monkeypatch):
     assert (expected["query"][0] != expected["marginal"][0]).any()
 
 
-@pytest.mark.parametrize(("option", "known"), [("SEMANTIC", "query and marginal"), ("INSTANCE", "query and panoptic")])
+@pytest.mark.parametrize(("option", "known"), [("SEMANTIC", "query, marginal"), ("INSTANCE", "query, panoptic")])
 def test_unknown_way(option, known):
-    with pytest.raises(UserError, match=f"MODEL.KMAX.TEST.{option} is best, but there are {known}"):
+    with pytest.raises(UserError, match=f"MODEL.KMAX.TEST.{option} is best, but must be one of {known}"):
         KMaXDeepLab(load_config("", options(**{f"MODEL__KMAX__TEST__{option}": "best"})))

@@ -13,10 +13,11 @@ from detectron2.utils.registry import Registry
 
 from ..errors import UserError
 from ..images import read_rgb
+from . import panoptic_png
 from .augmentation import RandomPadCrop, ResizeToFit
 from .color import ColorPolicy
 from .copy_paste import PASTE_SOURCE, LabeledImage, copy_paste
-from .segment_ids import NUM_IDS, rgb2id
+from .segment_ids import NUM_IDS
 
 MAPPER_REGISTRY = Registry("MAPPER")
 MAPPER_REGISTRY.__doc__ = "Mappers of training records, named by `INPUT.DATASET_MAPPER_NAME` and called with `(cfg)`."
@@ -50,7 +51,7 @@ def read_segments(record: dict) -> tuple[np.ndarray, list[int]]:
         UserError: with the file's name, if the PNG cannot be read or has segments that the record lacks.
     """
     file = record["pan_seg_file_name"]
-    ids = rgb2id(read_rgb(file, "panoptic PNG"))
+    ids = panoptic_png.read(file)
     classes: list[int] = []
     stuff: dict[int, int] = {}
     label_of_id = {0: VOID}
@@ -63,13 +64,12 @@ def read_segments(record: dict) -> tuple[np.ndarray, list[int]]:
             )
         if segment.get("iscrowd", 0):
             label_of_id[id_] = VOID
-        elif not segment["isthing"] and category in stuff:
-            label_of_id[id_] = stuff[category]
-        else:
+            continue
+        label = None if segment["isthing"] else stuff.get(category)
+        if label is None:
             classes.append(category)
-            label_of_id[id_] = len(classes)
-            if not segment["isthing"]:
-                stuff[category] = len(classes)
+            label = stuff[category] = len(classes)
+        label_of_id[id_] = label
     # A table of all ids is faster than a search, and cheap: memory pages that are never touched are never allocated.
     table = np.zeros(NUM_IDS, np.int16)
     table[list(label_of_id)] = np.array(list(label_of_id.values())) + 1
@@ -160,19 +160,13 @@ class PanopticTrainMapper:
 
 
 def build_augmentations(cfg, scale: float = 1.0) -> list[T.Augmentation]:
-    """Builds the training augmentations in the official order. Raises UserError for an option that does not fit.
+    """Builds the training augmentations in the official order.
 
     Args:
         cfg: the config.
         scale: factor on the config's range of random scales.
     """
     options = cfg.INPUT
-    if len(options.CROP_SIZE) != 2 or min(options.CROP_SIZE) < 1:
-        raise UserError(f"INPUT.CROP_SIZE is {options.CROP_SIZE}, but must be (height, width) in pixels")
-    if len(options.SCALE_RANGE) != 2 or not 0 < options.SCALE_RANGE[0] <= options.SCALE_RANGE[1]:
-        raise UserError(f"INPUT.SCALE_RANGE is {options.SCALE_RANGE}, but must be (smallest, largest), above 0")
-    if options.RANDOM_FLIP not in ("none", "horizontal", "vertical"):
-        raise UserError(f"INPUT.RANDOM_FLIP is {options.RANDOM_FLIP}, but must be none, horizontal or vertical")
     size = tuple(options.CROP_SIZE)
     scale_range = tuple(bound * scale for bound in options.SCALE_RANGE)
     augmentations = [ResizeToFit(size if options.FIT_CROP else None, scale_range, options.SCALE_STEPS)]

@@ -11,7 +11,6 @@ from detectron2.utils import comm
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from ..errors import UserError
 from ..files import whole_file
 
 FILE = "model_final_ema.pth"
@@ -33,15 +32,10 @@ class WeightAverage(HookBase):
 
     Attributes:
         model: the averaged model, in evaluation mode.
-
-    Raises:
-        UserError: the decay is not in [0, 1).
     """
 
     def __init__(self, model: nn.Module, cfg: CfgNode):
         options = cfg.SOLVER.EMA
-        if not 0 <= options.DECAY < 1:
-            raise UserError(f"SOLVER.EMA.DECAY is {options.DECAY}, but it must be at least 0 and less than 1")
         self._ema = ModelEmaV3(model, decay=options.DECAY, use_warmup=options.WARMUP)
         self._file = Path(cfg.OUTPUT_DIR) / FILE
         self._restored = False

@@ -6,12 +6,11 @@ import argparse
 import logging
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils import comm
@@ -19,10 +18,11 @@ from torch import nn
 
 from ..checkpoint import load_weights
 from ..checkpoint.download import download, is_address
-from ..config import add_kmax_config
 from ..data.datasets import coco_panoptic
 from ..errors import UserError, did_you_mean
-from ..speed import inference_model, require_precision
+from ..files import own_folder
+from ..options import check, default_config, merge_file, merge_pairs, set_test_size
+from ..speed import inference_model
 
 logger = logging.getLogger(__name__)
 
@@ -56,43 +56,25 @@ def config_file(name: str) -> Path:
     raise UserError(f"no config file {name}{did_you_mean(relative, known)} The project has {', '.join(known)}")
 
 
-def load_config(file: str, options: Sequence = ()) -> CfgNode:
+def load_config(file: str, options: Sequence = (), overrides: Sequence = ()) -> CfgNode:
     """Reads a config as it is written; :func:`ready_config` also prepares it for use.
 
     Args:
         file: a config file or name; an empty string for the defaults.
         options: (name, value, name, value, ...), which take precedence over the file.
+        overrides: the same, which take precedence over both.
 
     Raises:
-        UserError: the file is missing or broken, an option does not exist, or a value has the wrong type.
+        UserError: the file is missing or broken, an option does not exist or is not read, or a value does not fit.
     """
-    cfg = get_cfg()
-    add_kmax_config(cfg)
-    try:
-        if file:
-            cfg.merge_from_file(str(config_file(file)))
-        if len(options) % 2:
-            raise UserError(f"options come in pairs of a name and a value; {options[-1]} is alone")
-        cfg.merge_from_list(list(options))
-    except KeyError as error:
-        name = str(error.args[0]).removeprefix("Non-existent config key:").strip()
-        raise UserError(f"no option {name}{did_you_mean(name, _option_names(cfg))}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
-    except (ValueError, AssertionError) as error:  # as yacs reports wrong values and some wrong names
-        wrong = [name for name in options[::2] if name not in set(_option_names(cfg))]
-        if wrong:
-            raise UserError(f"no option {wrong[0]}{did_you_mean(wrong[0], _option_names(cfg))}") from error
-        raise UserError(f"an option has a value that does not fit: {' '.join(str(error).split())}") from error
+    cfg = default_config()
+    if file:
+        merge_file(cfg, config_file(file))
+    merge_pairs(cfg, options)
+    merge_pairs(cfg, overrides)
+    check(cfg)
+    set_test_size(cfg)
     return cfg
-
-
-def _option_names(node: CfgNode, prefix: str = "") -> Iterator[str]:
-    for name, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from _option_names(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name
 
 
 def ready_config(file: str, options: Sequence = (), overrides: Sequence = ()) -> CfgNode:
@@ -106,8 +88,7 @@ def ready_config(file: str, options: Sequence = (), overrides: Sequence = ()) ->
     Raises:
         UserError: the config, an option, or a dataset is wrong.
     """
-    cfg = load_config(file, options)
-    cfg.merge_from_list(list(overrides))
+    cfg = load_config(file, options, overrides)
     prepare_datasets(cfg)
     choose_device(cfg)
     cfg.freeze()
@@ -120,7 +101,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
         args.config_file = str(config_file(args.config_file))  # Detectron2 reads the file too, for its log
     own = (("DATASETS.OWN_TRAIN", args.train_data), ("DATASETS.OWN_TEST", args.test_data))
     overrides = [part for name, files in own if files for part in (name, files)]
-    return ready_config(args.config_file, args.opts, overrides)
+    cfg = ready_config(args.config_file, args.opts, overrides)
+    for name in cfg.DATASETS.TEST if cfg.MODEL.KMAX.TEST.SAVE_PREDICTIONS else ():
+        own_folder(Path(cfg.MODEL.KMAX.TEST.SAVE_PREDICTIONS) / name)  # before the time it takes to predict
+    return cfg
 
 
 def prepare_datasets(cfg: CfgNode) -> None:
@@ -161,10 +145,7 @@ def _classes(name: str) -> tuple:
 
 def _register_own(cfg: CfgNode, split: str) -> str:
     """Registers the user's own data for a split under the name that is returned."""
-    files = cfg.DATASETS[f"OWN_{split}"]
-    if len(files) != 3:
-        raise UserError(f"DATASETS.OWN_{split} is (image folder, PNG folder, JSON file), not {list(files)}")
-    images, pngs, json_file = files
+    images, pngs, json_file = cfg.DATASETS[f"OWN_{split}"]
     for folder in (images, pngs):
         if not os.path.isdir(folder):
             raise UserError(f"no folder {folder}, which is named in DATASETS.OWN_{split}")
@@ -234,5 +215,4 @@ def load_predictor(cfg: CfgNode) -> nn.Module:
     Run it inside :func:`kmax_d2.speed.use_precision`. Raises UserError as :func:`load_model` does, and for options of
     inference that do not exist.
     """
-    require_precision(cfg.MODEL.KMAX.TEST.PRECISION)  # before the time it takes to build the model
     return inference_model(load_model(cfg), cfg)

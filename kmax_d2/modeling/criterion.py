@@ -9,7 +9,6 @@ from detectron2.config import configurable
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..errors import UserError
 from . import losses
 from .build import keyword_arguments, thing_mask
 from .matcher import VOID, Targets, match
@@ -41,8 +40,6 @@ class Criterion(nn.Module):
         small_instance_weight: float = 1.0,
     ):
         super().__init__()
-        if not 0 <= semantic_hard_share <= 1:
-            raise UserError(f"MODEL.KMAX.LOSS.SEMANTIC_HARD_SHARE is {semantic_hard_share}, but ranges from 0 to 1")
         self.weights = {
             "loss_pq_class": pq_weight,
             "loss_pq_mask": pq_weight,

@@ -10,7 +10,6 @@ from detectron2.config import configurable
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-from ..errors import UserError
 from .merging import MaskWiseMerging, Segmentation, count_values, look_up
 from .top_two import by_rows, marginal_classes, row_strips
 
@@ -61,9 +60,6 @@ class Postprocessor(nn.Module):
         max_instances: int = 100,
     ):
         super().__init__()
-        for option, value, other in (("SEMANTIC", semantic, "marginal"), ("INSTANCE", instance, "panoptic")):
-            if value not in ("query", other):
-                raise UserError(f"MODEL.KMAX.TEST.{option} is {value}, but there are query and {other}")
         self.merging = merging
         self.merge_at_crop = merge_at_crop
         self.outputs = tuple(outputs)

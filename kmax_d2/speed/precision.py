@@ -8,16 +8,9 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError, did_you_mean
+from ..errors import UserError
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
-
-
-def require_precision(precision: str) -> None:
-    """Raises UserError for a name that is not in PRECISIONS."""
-    if precision not in PRECISIONS:
-        known = "float32, tf32 and bfloat16" + did_you_mean(str(precision), PRECISIONS)
-        raise UserError(f"the precision of inference (MODEL.KMAX.TEST.PRECISION) is {precision}, but there are {known}")
 
 
 @contextlib.contextmanager
@@ -28,7 +21,8 @@ def use_precision(precision: str, device: str) -> Iterator[None]:
     of float32 with 10 bits of mantissa on the tensor cores of a GPU, and float32 elsewhere; "bfloat16" is autocast. The
     device is where the model is, such as "cpu" or "cuda:0". Raises UserError for another precision.
     """
-    require_precision(precision)
+    if precision not in PRECISIONS:
+        raise UserError(f"the precision is {precision}, but there are {', '.join(PRECISIONS)}")
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
     try:

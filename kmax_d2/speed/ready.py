@@ -9,7 +9,6 @@ from torch import nn
 from .checkpoint import checkpoint_blocks
 from .compile import compile_model
 from .fold import fold_batch_norms
-from .precision import require_precision
 
 
 def training_model(model: nn.Module, cfg: CfgNode) -> nn.Module:
@@ -22,9 +21,8 @@ def training_model(model: nn.Module, cfg: CfgNode) -> nn.Module:
 def inference_model(model: nn.Module, cfg: CfgNode) -> nn.Module:
     """Copies a model that has its weights: batch norms folded, in MODEL.KMAX.TEST.PRECISION, compiled if wanted.
 
-    Run it inside :func:`~kmax_d2.speed.use_precision`. Raises UserError for options that do not exist.
+    Run it inside :func:`~kmax_d2.speed.use_precision`. Raises UserError if nothing can be compiled here.
     """
-    precision = cfg.MODEL.KMAX.TEST.PRECISION
-    require_precision(precision)
-    folded = fold_batch_norms(model, torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    dtype = torch.bfloat16 if cfg.MODEL.KMAX.TEST.PRECISION == "bfloat16" else torch.float32
+    folded = fold_batch_norms(model, dtype)
     return compile_model(folded, cfg.MODEL.KMAX.COMPILE)

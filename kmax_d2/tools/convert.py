@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..command_line import ConfigParser, run_program
 
-PARSER = ConfigParser(__doc__)
+PARSER = ConfigParser(__doc__, overwrite=True)
 PARSER.add_argument("input", metavar="IN", help="anything MODEL.WEIGHTS accepts: a file, a URL, a prefix")
 PARSER.add_argument("output", metavar="OUT", type=Path, help="the checkpoint to write, .pth or .pkl")
 
@@ -26,17 +26,17 @@ from detectron2.utils.logger import setup_logger
 from ..checkpoint import KMaXCheckpointer
 from ..engine import ready_config
 from ..errors import UserError
-from ..files import whole_file
+from ..files import MARK, require_own, whole_file
 
 
 def write_checkpoint(weights: dict[str, torch.Tensor], file: Path) -> None:
     """Writes a checkpoint in the format of `file`'s suffix, .pth or .pkl. Raises UserError if that is impossible."""
     with whole_file(file) as unfinished, open(unfinished, "wb") as stream:
         if file.suffix == ".pth":
-            torch.save({"model": weights}, stream)
+            torch.save({"__author__": MARK, "model": weights}, stream)
         else:
             arrays = {name: tensor.numpy() for name, tensor in weights.items()}
-            pickle.dump({"model": arrays, "__author__": "kmax_d2"}, stream, protocol=pickle.HIGHEST_PROTOCOL)
+            pickle.dump({"__author__": MARK, "model": arrays}, stream, protocol=pickle.HIGHEST_PROTOCOL)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = PARSER.parse(argv)
     if args.output.suffix not in (".pth", ".pkl"):
         raise UserError(f"the name of the output must end in .pth or .pkl, unlike {args.output}")
+    if args.output.resolve() == Path(args.input).resolve():
+        raise UserError(f"{args.output} is the input: choose another name for the output")
+    require_own([args.output], args.overwrite)
     setup_logger(name="fvcore")
     model = build_model(ready_config(args.config_file, args.opts, ("MODEL.DEVICE", "cpu")))
     checkpointer = KMaXCheckpointer(model)

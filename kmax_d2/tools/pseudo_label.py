@@ -1,10 +1,11 @@
 """Labels a folder of images with a model and writes them as a COCO panoptic dataset to train with.
 
-python -m kmax_d2.tools.pseudo_label --config-file FILE --weights FILE --input FOLDER --output DIR [NAME VALUE ...]
+python -m kmax_d2.tools.pseudo_label --config-file FILE [--weights FILE] --input FOLDER --output DIR [NAME VALUE ...]
 
 The PNGs go to DIR/panoptic_NAME and the JSON to DIR/annotations/panoptic_NAME.json, where NAME is the input folder's:
 `--input datasets/coco/unlabeled2017 --output datasets/coco` makes coco_2017_unlabeled_panoptic. Categories are those of
-the config's dataset. If interrupted, run the same command again: it continues where it stopped.
+the config's dataset, and weights are the published ones unless given. If interrupted, run the same command again: it
+continues where it stopped.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from ..command_line import ConfigParser, run_program
 
-PARSER = ConfigParser(__doc__, weights=True)
+PARSER = ConfigParser(__doc__, weights=True, overwrite=True)
 PARSER.add_argument("--input", required=True, type=Path, metavar="FOLDER", help="the images")
 PARSER.add_argument("--output", required=True, type=Path, metavar="DIR", help="for panoptic_NAME and annotations")
 PARSER.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes, each on a GPU (%(default)s)")
@@ -35,15 +36,16 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from .. import model_zoo
 from ..data.mapper import PanopticTestMapper
 from ..data.panoptic_png import describe, read_annotation, write, write_json
 from ..engine import launch, load_predictor, ready_config
 from ..engine.setup import PANOPTIC_ONLY, dataset_metadata
 from ..errors import UserError
-from ..files import make_folder, whole_file
+from ..files import make_folder, require_own, whole_file
 from ..images import images_in
 from ..parallel import parallel_map
-from ..speed import require_precision, use_precision
+from ..speed import use_precision
 
 
 def categories_of(cfg: CfgNode) -> list[dict]:
@@ -123,18 +125,19 @@ def json_entries(labels: dict[Path, dict]) -> list[dict]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command line; None takes that of the process."""
     args = PARSER.parse(argv)
+    args.opts = [*model_zoo.trained_weights(args.config_file), *args.opts]
     files = images_in(args.input)
     (stem, count), *_ = Counter(file.stem for file in files).most_common(1)
     if count > 1:
         raise UserError(f"{count} images in {args.input} are named {stem} except for their suffix; rename them")
     cfg = ready_config(args.config_file, args.opts, PANOPTIC_ONLY)
-    require_precision(cfg.MODEL.KMAX.TEST.PRECISION)
     categories, name = categories_of(cfg), f"panoptic_{args.input.resolve().name}"
-    folder = make_folder(args.output / name)
-    remember_model(cfg, folder)
+    folder, json_file = make_folder(args.output / name), args.output / "annotations" / f"{name}.json"
     pngs = [folder / f"{file.stem}.png" for file in files]
     found = parallel_map(read_annotation, pngs, "looking for labels")
     missing = [file for file, labels in zip(files, found, strict=True) if labels is None]
+    require_own([json_file, *(png for png, labels in zip(pngs, found, strict=True) if labels is None)], args.overwrite)
+    remember_model(cfg, folder)
     if missing:
         # The processes only meet at the end, where one may have to wait long for the others.
         launch(label, args.num_gpus, dist_url="auto", timeout=timedelta(days=7), args=(args, missing, folder))
@@ -143,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     entries = json_entries(labeled)
     if not entries:
         raise UserError(f"none of the {len(files)} images in {args.input} got a label; is the model trained?")
-    write_json(make_folder(args.output / "annotations") / f"{name}.json", entries, categories)
+    write_json(json_file, entries, categories)
     broken, empty = len(files) - len(labeled), len(labeled) - len(entries)
     print(f"left out: {broken} images that cannot be read, {empty} in which the model finds nothing")
 

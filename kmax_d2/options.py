@@ -1,0 +1,136 @@
+"""Reads configs and checks them: each option exists, is read by something, and has a value that fits."""
+
+from __future__ import annotations
+
+from ast import literal_eval
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
+
+from .config import add_kmax_config
+from .errors import UserError, did_you_mean
+from .option_rules import RELATIONS, RULES
+
+_KINDS = {bool: "True or False", str: "a text", CfgNode: "a section of options"}
+
+
+def default_config() -> CfgNode:
+    """Returns Detectron2's and this project's options with their defaults."""
+    cfg = get_cfg()
+    add_kmax_config(cfg)
+    return cfg
+
+
+def option_values(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the full name and the value of each option."""
+    for name, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from option_values(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def merge_file(cfg: CfgNode, file: Path, above: tuple[Path, ...] = ()) -> None:
+    """Merges a config file after the files in its _BASE_, in place; `above` are the files that lead to it.
+
+    Raises UserError for a file that cannot be read, is no mapping, or is its own base, and as :func:`merge` does.
+    """
+    if file.resolve() in above:
+        raise UserError(f"the config {file} has itself as its _BASE_")
+    try:
+        options = yaml.safe_load(file.read_text(encoding="utf-8"))  # unlike Detectron2's way, this runs no code
+    except OSError as error:
+        raise UserError(f"cannot read the config {file}: {error.strerror}") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(options, dict):
+        raise UserError(f"the config {file} does not have options and their values, as in SEED: 1")
+    bases = options.pop("_BASE_", [])
+    for base in bases if isinstance(bases, list) else [bases]:
+        if not isinstance(base, str):
+            raise UserError(f"_BASE_ in {file} is {base}, but must be a config file")
+        merge_file(cfg, file.parent / Path(base).expanduser(), (*above, file.resolve()))
+    merge(cfg, options)
+
+
+def merge(cfg: CfgNode, options: Mapping, prefix: str = "") -> None:
+    """Merges nested options in place; texts may be Python literals, as on a command line.
+
+    Raises UserError for an option that does not exist, and for a value of another type than the default's.
+    """
+    for key, value in options.items():
+        name = f"{prefix}{key}"
+        if not isinstance(cfg, CfgNode) or key not in cfg:
+            raise UserError(f"no option {name}{did_you_mean(name, dict(option_values(default_config())))}")
+        old = cfg[key]
+        if isinstance(value, Mapping) and value:
+            merge(old, value, f"{name}.")
+            continue
+        value = _convert(value, old)
+        if type(value) is not type(old) and old is not None:
+            wanted = getattr(RULES.get(name), "wanted", "") or _KINDS.get(type(old), "a list")
+            raise UserError(f"{name} is {value or repr(value)}, but must be {wanted}")
+        cfg[key] = value
+
+
+def merge_pairs(cfg: CfgNode, pairs: Sequence) -> None:
+    """Merges (name, value, name, value, ...) in place. Raises UserError as :func:`merge` does, and for a lone name."""
+    if len(pairs) % 2:
+        raise UserError(f"options come in pairs of a name and a value; {pairs[-1]} is alone")
+    for name, value in zip(pairs[::2], pairs[1::2], strict=True):
+        nested = value
+        for part in reversed(str(name).split(".")):
+            nested = {part: nested}
+        merge(cfg, nested)
+
+
+def _convert(value: Any, old: Any) -> Any:
+    """Returns a value as the type of the old one where it is written as another, such as 1 for 1.0."""
+    if isinstance(value, str):
+        try:
+            literal = literal_eval(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            literal = value
+        value = literal if isinstance(literal, str) or not isinstance(old, str) else value
+    if type(value) in (list, tuple) and type(old) in (list, tuple):
+        return type(old)(value)
+    return float(value) if type(value) is int and type(old) is float else value
+
+
+def check(cfg: CfgNode) -> None:
+    """Raises UserError for an option whose value does not fit, or that nothing reads and is not at its default."""
+    defaults = dict(option_values(default_config()))
+    for name, value in option_values(cfg):
+        if rule := RULES.get(name):
+            if not rule.holds(value):
+                hint = did_you_mean(str(value), rule.choices)
+                raise UserError(f"{name} is {value or repr(value)}, but must be {rule.wanted}{hint}")
+        elif value != defaults.get(name, value) and not (name.startswith("MODEL.") and _has_foreign_parts(cfg)):
+            raise UserError(f"{name} is an option of Detectron2 that nothing here reads: leave it out")
+    for holds, message in RELATIONS:
+        if not holds(cfg):
+            raise UserError(message)
+
+
+def _has_foreign_parts(cfg: CfgNode) -> bool:
+    """Returns whether model or backbone are from elsewhere, and may read any option of the model."""
+    parts = ((META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE), (BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME))
+    return any(not registry.get(name).__module__.startswith("kmax_d2.") for registry, name in parts if name in registry)
+
+
+def set_test_size(cfg: CfgNode) -> None:
+    """Sets the sizes with which Detectron2's DefaultPredictor resizes as the test mapper does, in place.
+
+    They fit a crop of two different sides only to images of the same orientation. Raises UserError for other sizes.
+    """
+    sizes = sorted(cfg.INPUT.CROP_SIZE) if cfg.INPUT.FIT_CROP else (0, 0)
+    for name, size in zip(("MIN_SIZE_TEST", "MAX_SIZE_TEST"), sizes, strict=True):
+        if cfg.INPUT[name] not in (-1, size):
+            raise UserError(
+                f"INPUT.{name} follows from INPUT.CROP_SIZE and FIT_CROP: leave it out, or set it to {size}"
+            )
+        cfg.INPUT[name] = size
