@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from detectron2.utils.logger import setup_logger
 from kmax_d2.checkpoint import KMaXCheckpointer, newest_checkpoint
 from kmax_d2.command_line import run_program
 from kmax_d2.engine import Trainer, launch, setup
+from kmax_d2.engine.log import log_to
 from kmax_d2.errors import UserError
 from kmax_d2.files import lock_folder
 from kmax_d2.speed import inference_model
@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> None:
     setup_logger(distributed_rank=comm.get_rank(), name="kmax_d2")
     cfg = setup(args)
     claim_output(cfg, args)
-    long_messages_to_file(cfg.OUTPUT_DIR)
+    for handler in log_to(cfg.OUTPUT_DIR):  # log.txt has the long messages, such as config and model
+        handler.addFilter(lambda record: record.getMessage().count("\n") < LONG)
     default_setup(cfg, args)
     if not args.eval_only:
         trainer = Trainer(cfg)
@@ -90,18 +91,6 @@ def claim_output(cfg: CfgNode, args: argparse.Namespace) -> None:
         )
     elif comm.is_main_process():
         lock_folder(Path(cfg.OUTPUT_DIR))
-
-
-def long_messages_to_file(folder: str) -> None:
-    """Keeps the long messages, such as the config and the model, off the terminal. They are in log.txt."""
-    rank = comm.get_rank()  # these are the calls of default_setup, which then adds no handlers of its own
-    for logger in (
-        setup_logger(folder, distributed_rank=rank, name="fvcore"),
-        setup_logger(folder, distributed_rank=rank),
-    ):
-        for handler in logger.handlers:
-            if getattr(handler, "stream", None) is sys.stdout:
-                handler.addFilter(lambda record: record.getMessage().count("\n") < LONG)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

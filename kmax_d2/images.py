@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,32 +14,48 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from .errors import UserError
 
 
-def read_rgb(file: str, what: str = "image") -> np.ndarray:
-    """Reads an image file whole: RGB (H, W, 3), uint8, upright by its EXIF orientation.
-
-    Raises UserError with its name and `what` it is, if it is damaged, not an image, or has more than 8 bits a channel.
-    """
-    if os.path.exists(file) and not os.path.isfile(file):
-        raise UserError(f"cannot read the {what} {file}: it is not a file")
+@contextlib.contextmanager
+def _opened(file: str, what: str, gray: bool) -> Iterator[Image.Image]:
+    """Opens an image; whatever is wrong with it, also inside the block, is a UserError with its name."""
     try:
+        if os.path.exists(file) and not os.path.isfile(file):
+            raise UserError(f"cannot read the {what} {file}: it is not a file")
         with Image.open(file) as image:
             if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip the values at 255
                 raise UserError(f"the {what} {file} has more than 8 bits per channel; convert it to 8 bits first")
-            if image.format == "PNG":
-                image.verify()  # the checksums, which loading passes over; the image must then be opened again
-        with Image.open(file) as image:
-            image.load()  # before anything that would hide an error
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            if not gray and image.mode not in ("RGB", "RGBA", "P"):
+                raise UserError(f"the {what} {file} has no colors: its mode is {image.mode}, not RGB")
+            yield image
+    except UserError:
+        raise
     except UnidentifiedImageError as error:
         raise UserError(f"cannot read the {what} {file}: it is not an image") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the {what} {file}: {getattr(error, 'strerror', None) or error}") from error
+    except Exception as error:  # Pillow's readers raise almost anything
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UserError(f"cannot read the {what} {file}: {reason}") from error
 
 
-def oriented_size(image: Image.Image) -> tuple[int, int]:
-    """Returns (width, height) of an open image once it is turned upright by its EXIF orientation."""
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    return (image.height, image.width) if turned else image.size
+def read_rgb(file: str, what: str = "image", gray: bool = True) -> np.ndarray:
+    """Reads an image file whole: RGB (H, W, 3), uint8, upright by its EXIF orientation.
+
+    Raises UserError with its name and `what` it is, if it is damaged, not an image, has more than 8 bits a channel, or
+    is gray where that is not allowed.
+    """
+    with _opened(file, what, gray) as image:
+        if image.format == "PNG":
+            image.verify()  # the checksums, which loading passes over; the image must then be opened again
+    with _opened(file, what, gray) as image:
+        image.load()  # before anything that would hide an error
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def read_size(file: str, what: str = "image", gray: bool = True) -> tuple[int, int]:
+    """Reads from a file's header the (height, width) of :func:`read_rgb`; raises UserError as far as that shows."""
+    with _opened(file, what, gray) as image:
+        # Without EXIF in its header, a PNG would be decoded to look for it at the end.
+        exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+        turned = exif.get(ExifTags.Base.Orientation) in range(5, 9)
+        return image.size if turned else (image.height, image.width)
 
 
 def images_in(folder: Path) -> list[Path]:

@@ -21,24 +21,27 @@ def truth_of(name, record):
     if name == "ade20k_panoptic_val":
         file = record["pan_seg_file_name"].replace("ade20k_panoptic_val", "annotations/validation")
         classes = annotated_classes(file, -1)
-    return ids, classes, [segment for segment in record["segments_info"] if not segment["iscrowd"]]
+    return ids, classes, [segment for segment in record["segments_info"] if not segment.get("iscrowd")]
 
 
 def output_of(name, record, spoil=False):
     """What a model that is right gives for a record; a spoilt one misses a segment and shifts everything else."""
     ids, classes, segments = truth_of(name, record)
     if spoil:
-        ids, classes = np.roll(ids, 3, axis=1), np.roll(classes, 3, axis=1)
-        segments = segments[:-1]
+        return output(name, np.roll(ids, 3, axis=1), np.roll(classes, 3, axis=1), segments[:-1])
+    return output(name, ids, classes, segments)
+
+
+def output(name, ids, classes, segments):
+    """The output with these ids and classes, -1 for any, (H, W), and segments."""
     metadata = MetadataCatalog.get(name)
     things = set(metadata.thing_dataset_id_to_contiguous_id.values())
     segment_ids = np.zeros(ids.shape, np.int32)
+    info = []
     for index, segment in enumerate(segments, start=1):
         segment_ids[ids == segment["id"]] = index
-    info = [
-        {"id": index, "category_id": segment["category_id"], "isthing": segment["category_id"] in things}
-        for index, segment in enumerate(segments, start=1)
-    ]
+        category = segment["category_id"]
+        info.append({"id": index, "category_id": category, "isthing": category in things})
     found = [segment for segment in segments if segment["category_id"] in things]
     masks = torch.stack([torch.from_numpy(ids == segment["id"]) for segment in found])
     boxes = masks_to_boxes(masks)
@@ -47,7 +50,7 @@ def output_of(name, record, spoil=False):
         ids.shape,
         pred_masks=masks,
         pred_boxes=Boxes(boxes),
-        scores=torch.linspace(0.9, 0.3, len(found)),
+        scores=torch.linspace(0.875, 0.25, len(found)),
         pred_classes=torch.tensor([segment["category_id"] for segment in found]),
     )
     one_hot = torch.nn.functional.one_hot(torch.from_numpy(classes).clamp(min=0), len(metadata.stuff_classes))

@@ -1,6 +1,7 @@
 """Every fault of a dataset is found, counted and named, and a sound dataset has none."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco_panoptic import register_coco_panoptic
 from PIL import Image
 
-from kmax_d2.data.check import check_sample, registered, unregistered
+from kmax_d2.data.check import registered, unregistered
 from kmax_d2.data.datasets import coco_panoptic, shapes
 from kmax_d2.data.panoptic_png import describe
 from kmax_d2.data.segment_ids import id2rgb, rgb2id
@@ -36,174 +37,161 @@ def run(folder, *options):
     return 0
 
 
-def rewrite(folder, change):
-    file = folder / "panoptic_val.json"
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
+def change_json(change):
+    """A function that changes the JSON of a folder."""
+
+    def spoil(folder):
+        file = folder / "panoptic_val.json"
+        content = json.loads(file.read_text())
+        change(content)
+        file.write_text(json.dumps(content))
+
+    return spoil
 
 
-def in_json(change):
-    return lambda folder: rewrite(folder, change)
+def entry(content, path):
+    for part in path:
+        content = content[part]
+    return content
 
 
-def in_segment(**values):
-    return in_json(lambda content: content["annotations"][1]["segments_info"][0].update(values))
+def at(*path, **values):
+    return change_json(lambda content: entry(content, path).update(values))
 
 
-def lacking(part, key):
-    def change(content):
-        entry = content[part][1] if part != "segments" else content["annotations"][1]["segments_info"][0]
-        del entry[key]
-
-    return in_json(change)
+def without(*path):
+    return change_json(lambda content: entry(content, path[:-1]).pop(path[-1]))
 
 
-def repeated(part, *changes):
-    """Appends a copy of an entry; `changes` are pairs of a key and another value."""
-    return in_json(lambda content: content[part].append(content[part][1] | dict(changes)))
+def again(*path, **values):
+    """Repeats an entry at the end of its list, with other values."""
+    return change_json(lambda content: entry(content, path[:-1]).append(entry(content, path) | values))
 
 
 def cut(name):
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:700])
 
 
+def flipped(name):
+    """Damages a byte of a PNG's checksum, which decoders pass over."""
+
+    def spoil(folder):
+        content = bytearray((folder / name).read_bytes())
+        content[content.index(b"IEND") - 5] ^= 1
+        (folder / name).write_bytes(content)
+
+    return spoil
+
+
 def absent(name):
     return lambda folder: (folder / name).unlink()
 
 
-def deep_image(folder):
-    Image.fromarray(np.zeros((10, 10), np.uint16)).save(folder / "val/0001.jpg", format="PNG")
+def saved(name, mode):
+    return lambda folder: Image.new(mode, (10, 10)).save(folder / name, format="PNG")
 
 
 def smaller_png(folder):
     file = folder / "panoptic_val/0001.png"
-    colors = np.asarray(Image.open(file))
-    Image.fromarray(colors[:-1]).save(file)
-    # With the new areas, only the size is wrong.
-    areas = {segment["id"]: segment["area"] for segment in describe(rgb2id(colors[:-1]))}
-    rewrite(folder, lambda c: [s.update(area=areas[s["id"]]) for s in c["annotations"][1]["segments_info"]])
+    colors = np.asarray(Image.open(file))[:-1]
+    Image.fromarray(colors).save(file)
+    areas = {segment["id"]: segment["area"] for segment in describe(rgb2id(colors))}
+    change_json(lambda c: [s.update(area=areas[s["id"]]) for s in entry(c, SEGMENTS)])(folder)  # only the size is wrong
 
 
 def strange_pixel(folder):
     file = folder / "panoptic_val/0001.png"
     ids = rgb2id(np.asarray(Image.open(file)))
-    area = int((ids == ids[0, 0]).sum())
     first = int(ids[0, 0])
     ids[0, 0] = 77
     Image.fromarray(id2rgb(ids)).save(file)
-
-    def change(content):
-        for segment in content["annotations"][1]["segments_info"]:
-            if segment["id"] == first:
-                segment["area"] = area - 1
-
-    rewrite(folder, change)
+    areas = {first: int((ids == first).sum())}
+    change_json(lambda c: [s.update(area=areas.get(s["id"], s["area"])) for s in entry(c, SEGMENTS)])(folder)
 
 
-def without_segments(content):
-    content["annotations"][1]["segments_info"] = []
-
-
-def without_annotation(content):
-    del content["annotations"][1]
-
-
-def without_image(content):
-    del content["images"][1]
-
-
-def one_more_segment(content):
-    content["annotations"][1]["segments_info"].append({"id": 99, "category_id": 1, "iscrowd": 0})
-
-
-def same_segment_twice(content):
-    segments = content["annotations"][1]["segments_info"]
-    segments.append(segments[0])
-
-
-def repeated_category(content):
-    content["categories"].append(content["categories"][1])
-
-
+SEGMENTS = ("annotations", 1, "segments_info")
+SEGMENT = (*SEGMENTS, 0)
+# How a dataset is spoilt, the kinds of its faults, and a part of their lines.
 FAULTS = {
-    "missing image": (absent("val/0001.jpg"), {"missing image": 1}, "val/0001.jpg"),
-    "missing PNG": (absent("panoptic_val/0001.png"), {"missing PNG": 1}, "panoptic_val/0001.png"),
-    "image cut off": (cut("val/0001.jpg"), {"broken image": 1}, "val/0001.jpg"),
-    "PNG cut off": (cut("panoptic_val/0001.png"), {"broken PNG": 1}, "panoptic_val/0001.png"),
-    "image of 16 bits": (deep_image, {"broken image": 1}, "val/0001.jpg has more than 8 bits"),
-    "size in the JSON": (
-        in_json(lambda content: content["images"][1].update(height=7)),
-        {"size mismatch": 1},
-        "val/0001.jpg is",
-    ),
-    "size of the PNG": (smaller_png, {"size mismatch": 1}, "panoptic_val/0001.png is"),
-    "id that the JSON lacks": (strange_pixel, {"id without segment": 1}, "0001.png: 1 pixels of id 77"),
-    "segment that the PNG lacks": (
-        in_json(one_more_segment),
-        {"segment without pixels": 1},
-        "0001.png: no pixel of segment 99",
-    ),
-    "unknown category": (in_segment(category_id=50), {"unknown category": 1}, "0001.png: segment"),
+    "missing image": (absent("val/0001.jpg"), ["missing image"], "val/0001.jpg: No such file"),
+    "missing PNG": (absent("panoptic_val/0001.png"), ["missing PNG"], "panoptic_val/0001.png: No such file"),
+    "image cut off": (cut("val/0001.jpg"), ["broken image"], "val/0001.jpg: image file is truncated"),
+    "PNG cut off": (cut("panoptic_val/0001.png"), ["broken PNG"], "panoptic_val/0001.png: "),
+    "checksum": (flipped("panoptic_val/0001.png"), ["broken PNG"], "panoptic_val/0001.png: broken PNG file"),
+    "image of 16 bits": (saved("val/0001.jpg", "I;16"), ["broken image"], "val/0001.jpg has more than 8 bits"),
+    "gray PNG": (saved("panoptic_val/0001.png", "L"), ["broken PNG"], "0001.png has no colors: its mode is L, not RGB"),
+    "size in the JSON": (at("images", 1, height=7), ["size mismatch"], "val/0001.jpg is"),
+    "size of the PNG": (smaller_png, ["size mismatch"], "panoptic_val/0001.png is"),
+    "id that the JSON lacks": (strange_pixel, ["id without segment"], "0001.png: 1 pixels have ids that its JSON"),
+    "segment that the PNG lacks": (again(*SEGMENT, id=99), ["segment without pixels"], "0001.png: no pixel of segment"),
+    "unknown category": (at(*SEGMENT, category_id=50), ["unknown category"], "0001.png: segment"),
     "id above 2^24": (
-        in_segment(id=1 << 24),
-        {"id out of range": 1, "id without segment": 1},
+        at(*SEGMENT, id=1 << 24),
+        ["id out of range", "id without segment"],
         "0001.png: segment id 16777216",
     ),
-    "id 0": (in_segment(id=0), {"id out of range": 1, "id without segment": 1}, "0001.png: segment id 0"),
-    "area": (in_segment(area=3), {"area mismatch": 1}, "pixels, the JSON says 3"),
-    "segment twice": (in_json(same_segment_twice), {"duplicate": 1}, "0001.png: segment id"),
-    "image twice": (repeated("images"), {"duplicate": 2}, "image id 1 is there 2 times"),
+    "id 0": (at(*SEGMENT, id=0), ["id out of range", "id without segment"], "0001.png: segment id 0"),
+    "area": (at(*SEGMENT, area=3), ["area mismatch"], "pixels, the JSON says 3"),
+    "segment twice": (again(*SEGMENT), ["duplicate"], "0001.png: segment id"),
+    "image twice": (again("images", 1), ["duplicate", "duplicate"], "image id 1 is there 2 times"),
     "image file twice": (
-        repeated("images", ("id", 9)),
-        {"duplicate": 1, "image without annotation": 1},
+        again("images", 1, id=9),
+        ["duplicate", "image without annotation"],
         "image file 0001.jpg is there 2 times",
     ),
-    "annotation twice": (repeated("annotations"), {"duplicate": 2}, "annotation of image 1 is there 2 times"),
-    "category twice": (in_json(repeated_category), {"duplicate": 1}, "category id 2 is there 2 times"),
-    "no segment": (in_json(without_segments), {"empty image": 1}, "0001.png has no segment"),
-    "no annotation": (in_json(without_annotation), {"image without annotation": 1}, "val/0001.jpg has no annotation"),
-    "no image": (in_json(without_image), {"annotation without image": 1}, "0001.png: no image has the id 1"),
+    "annotation twice": (again("annotations", 1), ["duplicate"] * 2, "annotation of image 1 is there 2 times"),
+    "category twice": (again("categories", 1), ["duplicate"], "category id 2 is there 2 times"),
+    "no segment": (
+        at("annotations", 1, segments_info=[]),
+        ["empty image", "id without segment"],
+        "has no segment",
+    ),
+    "no annotation": (without("annotations", 1), ["image without annotation"], "image 0001.jpg has no annotation"),
+    "no image": (without("images", 1), ["annotation without image"], "0001.png: no image has the id 1"),
     "image without height": (
-        lacking("images", "height"),
-        {"malformed entry": 1, "annotation without image": 1},
+        without("images", 1, "height"),
+        ["malformed entry", "annotation without image"],
         "has no valid height",
     ),
     "annotation without segments": (
-        lacking("annotations", "segments_info"),
-        {"malformed entry": 1, "image without annotation": 1},
+        without("annotations", 1, "segments_info"),
+        ["malformed entry", "image without annotation"],
         "has no valid segments_info",
     ),
     "segment without category": (
-        lacking("segments", "category_id"),
-        {"malformed entry": 1, "id without segment": 1},
+        without(*SEGMENT, "category_id"),
+        ["malformed entry", "id without segment"],
         "has no valid category_id",
     ),
     "segments that are no list": (
-        in_json(lambda content: content["annotations"][1].update(segments_info=None)),
-        {"malformed entry": 1, "image without annotation": 1},
+        at("annotations", 1, segments_info=None),
+        ["malformed entry", "image without annotation"],
         "has no valid segments_info",
     ),
-    "segment id that is no number": (
-        in_segment(id="7"),
-        {"malformed entry": 1, "id without segment": 1},
-        "has no valid id",
+    "segment id that is no number": (at(*SEGMENT, id="7"), ["malformed entry", "id without segment"], "no valid id"),
+    "crowd that is no number": (
+        at(*SEGMENT, iscrowd="no"),
+        ["malformed entry", "id without segment"],
+        "has no valid iscrowd",
     ),
-    "category without kind": (lacking("categories", "isthing"), {"malformed entry": 1}, "has no valid isthing"),
+    "no kind": (without("categories", 8, "isthing"), ["malformed entry", "unknown category"], "has no valid isthing"),
+    "strange kind": (at("categories", 8, isthing="yes"), ["malformed entry", "unknown category"], "no valid isthing"),
+    "strange color": (at("categories", 8, color=[1, 2, 256]), ["malformed entry", "unknown category"], "valid color"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_is_found_counted_and_named(folder, capsys, fault):
     spoil, expected, line = FAULTS[fault]
+    at(*SEGMENT, category_id=9)(folder)  # so that sand is in the second image
     spoil(folder)
     assert run(folder, "--samples", "0") == 1
     output = capsys.readouterr().out.split("has faults:")[1]
     counts = dict(row.split(": ") for row in output.strip().splitlines() if not row.startswith(" "))
-    if fault in ("no segment", "category without kind"):  # the pixels and segments of these are left over
-        assert expected.items() <= {kind: int(count) for kind, count in counts.items()}.items()
+    if "unknown category" in expected:  # other images may have it too
+        assert counts.keys() == set(expected)
     else:
-        assert counts == {kind: str(count) for kind, count in expected.items()}
+        assert counts == {kind: str(count) for kind, count in Counter(expected).items()}
     assert line in output
 
 
@@ -229,7 +217,8 @@ def test_sound_dataset(folder, capsys):
 
 
 def test_examples_are_few_and_the_rest_is_counted(folder, capsys):
-    rewrite(folder, lambda content: [annotation.update(segments_info=[]) for annotation in content["annotations"]])
+    for index in range(3):
+        at("annotations", index, segments_info=[])(folder)
     assert run(folder, "--samples", "0", "--examples", "2") == 1
     output = capsys.readouterr().out
     assert "empty image: 3" in output
@@ -238,18 +227,42 @@ def test_examples_are_few_and_the_rest_is_counted(folder, capsys):
 
 
 def test_pages_follow_from_the_seed(folder):
+    file = folder / "out/panoptic_val.png"
+
     def page(*options):
         run(folder, *options)
-        return (folder / "out/panoptic_val.png").read_bytes()
+        return file.read_bytes()
 
     assert page("--samples", "1") == page("--samples", "1")
     assert len({page("--samples", "1", "--seed", str(seed)) for seed in range(4)}) > 1
+    Image.new("RGB", (9, 9)).save(file)  # not from here
+    with pytest.raises(UserError, match=r"out/panoptic_val\.png exists and was not made by kmax_d2"):
+        run(folder)
+    assert Image.open(file).size == (9, 9)
+    assert run(folder, "--overwrite") == 0
+    assert Image.open(file).size != (9, 9)
 
 
-def test_json_that_cannot_be_read_is_one_line(folder):
-    (folder / "panoptic_val.json").write_text("{")
-    with pytest.raises(UserError, match=r"panoptic_val\.json is not valid JSON"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is not valid JSON"), ("[" * 100_000, "is not valid JSON"), ("7", "is not in COCO panoptic format")],
+)
+def test_json_that_cannot_be_read_is_one_line(folder, text, message):
+    (folder / "panoptic_val.json").write_text(text)
+    with pytest.raises(UserError, match=rf"panoptic_val\.json {message}"):
         unregistered(*paths(folder))
+
+
+def test_exchanged_folders_are_one_line_for_each_image(folder, capsys):
+    for image in (folder / "val").iterdir():
+        Image.open(image).save(image.with_suffix(".png"))
+    change_json(lambda c: [image.update(file_name=image["file_name"][:-3] + "png") for image in c["images"]])(folder)
+    (folder / "val").rename(folder / "photos")
+    (folder / "panoptic_val").rename(folder / "val")
+    (folder / "photos").rename(folder / "panoptic_val")
+    assert run(folder, "--samples", "0", "--examples", "9") == 1
+    output = capsys.readouterr().out
+    assert "id without segment: 3" in output and output.count("pixels have ids that its JSON lacks: ") == 3
 
 
 @pytest.mark.parametrize(
@@ -283,9 +296,24 @@ def test_dataset_of_detectron2s_own_loader(folder, catalog):
     images, pngs, json_file = paths(folder)
     register_coco_panoptic(catalog, metadata, images, pngs, json_file)
     assert all(not findings.faults for findings in registered(catalog).check(workers=1))
-    rewrite(folder, lambda content: [a["segments_info"][0].update(category_id=50) for a in content["annotations"]])
+    for index in range(3):
+        at("annotations", index, "segments_info", 0, category_id=50)(folder)
     kinds = [fault.kind for findings in registered(catalog).check(workers=1) for fault in findings.faults]
     assert kinds == ["unknown category"] * 3
+
+
+def test_a_json_with_other_classes_than_the_registered_ones(folder, catalog):
+    coco_panoptic.register(catalog, *paths(folder), categories=shapes.CATEGORIES)
+    assert registered(catalog).faults == []
+    at("categories", 0, name="square")(folder)
+    at("categories", 8, isthing=1)(folder)
+    again("categories", 0, id=12)(folder)
+    lines = [fault.line for fault in registered(catalog).faults if fault.kind == "other category"]
+    assert [line.split("} is ")[1] for line in lines] == [
+        "thing circle of the registered dataset",
+        "stuff sand of the registered dataset",
+        "no category of the registered dataset",
+    ]
 
 
 def test_dataset_that_has_records_only(folder, catalog):
@@ -298,7 +326,7 @@ def test_dataset_that_has_records_only(folder, catalog):
     dataset = registered(catalog)
     assert [findings.faults for findings in dataset.check(workers=1)] == [[], [], []]
     records[0]["segments_info"][0]["category_id"] = 9
-    assert [fault.kind for fault in check_sample(registered(catalog).samples[0]).faults] == ["unknown category"]
+    assert [fault.kind for fault in registered(catalog).check(workers=1)[0].faults] == ["unknown category"]
 
 
 def test_processes_find_what_one_finds(folder):

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import time
 
 import pytest
 
@@ -21,6 +22,31 @@ def test_a_process_that_fails_ends(submitted):
     process.start()
     process.join(20)
     assert process.exitcode == 1
+
+
+def _report_and_wait(pipe):
+    pipe.send(os.getpid())
+    time.sleep(60)
+
+
+def _submit_and_wait(pipe):
+    pool = EvaluationPool(print)
+    pool.submit(_report_and_wait, pipe)
+    pool.finish()
+
+
+def test_helper_processes_end_with_a_killed_parent():
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+    process = fork.Process(target=_submit_and_wait, args=(sender,))
+    process.start()
+    sender.close()
+    helper = receiver.recv()
+    process.kill()
+    process.join()
+    with pytest.raises(EOFError):  # once no process has the other end
+        assert receiver.poll(20), f"process {helper} is still there"
+        receiver.recv()
 
 
 def _square(value):

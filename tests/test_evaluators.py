@@ -15,22 +15,22 @@ import programs
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
-from evaluated import evaluate, output_of, truth_of
+from evaluated import evaluate, output, output_of, truth_of
 from miniature import miniature_ade20k, miniature_cityscapes, miniature_coco, registered
 from panopticapi.evaluation import pq_compute
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torchvision.ops import masks_to_boxes
 
+from kmax_d2.data.datasets import coco_panoptic, shapes
 from kmax_d2.data.segment_ids import rgb2id
 from kmax_d2.engine import launch, load_config
 from kmax_d2.errors import UserError
 from kmax_d2.evaluation import build_evaluator
 
 COCO_VAL, CITYSCAPES_VAL, ADE20K_VAL = "coco_2017_val_panoptic", "cityscapes_fine_panoptic_val", "ade20k_panoptic_val"
+SHAPES = "evaluated_shapes"
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +39,13 @@ def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("datasets")
     for make in (miniature_coco, miniature_cityscapes, miniature_ade20k):
         make(folder)
+    shapes.write_split(folder, "val", 5, 11)
+    coco_panoptic.register(SHAPES, *(str(folder / name) for name in ("val", "panoptic_val", "panoptic_val.json")))
     with registered(folder):
         yield folder
 
 
-@pytest.mark.parametrize("name", [COCO_VAL, CITYSCAPES_VAL, ADE20K_VAL])
+@pytest.mark.parametrize("name", [COCO_VAL, CITYSCAPES_VAL, ADE20K_VAL, SHAPES])
 def test_the_truth_scores_100(root, tmp_path, name):
     """The data have crowds, void, and (ADE20K) things in no instance."""
     results = evaluate(name, tmp_path, lambda record: output_of(name, record))
@@ -66,7 +68,7 @@ def test_a_class_map_scores_as_its_one_hot_form(root, tmp_path, name):
     assert evaluate(name, tmp_path, with_class_map)["sem_seg"] == pytest.approx(one_hot["sem_seg"], nan_ok=True)
 
 
-@pytest.fixture(scope="module", params=[COCO_VAL, CITYSCAPES_VAL, ADE20K_VAL])
+@pytest.fixture(scope="module", params=[COCO_VAL, CITYSCAPES_VAL, ADE20K_VAL, SHAPES])
 def spoilt(request, root, tmp_path_factory):
     """A dataset's name, what spoilt predictions score, where they are saved, and Detectron2's output folder."""
     name, saved, output = request.param, tmp_path_factory.mktemp("saved"), tmp_path_factory.mktemp("output")
@@ -79,6 +81,7 @@ def submission(name):
         COCO_VAL: "panoptic_val2017_kmax_results",
         CITYSCAPES_VAL: "cityscapes_panoptic_val",
         ADE20K_VAL: "panoptic_ade20k_panoptic_val_kmax_results",
+        SHAPES: "panoptic_val_kmax_results",
     }[name]
 
 
@@ -168,11 +171,8 @@ def test_what_is_saved_can_be_handed_in(spoilt):
     assert f"{stem}.json" in names and len(names) == images + 1
     content = json.loads((saved / f"{stem}.json").read_text())
     assert {f"{stem}/{annotation['file_name']}" for annotation in content["annotations"]} < set(names)
-    assert {key for annotation in content["annotations"] for key in annotation} == {
-        "image_id",
-        "file_name",
-        "segments_info",
-    }
+    keys = {key for annotation in content["annotations"] for key in annotation}
+    assert keys == {"image_id", "file_name", "segments_info"}
     if name == CITYSCAPES_VAL:
         # Ids of the official label list, not of the classes that are trained on.
         classes = {segment["category_id"] for a in content["annotations"] for segment in a["segments_info"]}
@@ -201,24 +201,10 @@ def without_ground_truth(name, shape):
     metadata = MetadataCatalog.get(name)
     thing = min(metadata.thing_dataset_id_to_contiguous_id.values())
     stuff = min(metadata.stuff_dataset_id_to_contiguous_id.values())
-    ids = torch.ones(shape, dtype=torch.int32)
+    ids = np.ones(shape, np.int64)
     ids[:, shape[1] // 2 :] = 2
-    classes = torch.where(ids == 1, thing, stuff)
-    masks = (ids == 1)[None]
-    return {
-        "panoptic_seg": (
-            ids,
-            [{"id": 1, "category_id": thing, "isthing": True}, {"id": 2, "category_id": stuff, "isthing": False}],
-        ),
-        "sem_seg": torch.nn.functional.one_hot(classes, len(metadata.stuff_classes)).permute(2, 0, 1),
-        "instances": Instances(
-            shape,
-            pred_masks=masks,
-            pred_boxes=Boxes(masks_to_boxes(masks)),
-            scores=torch.tensor([0.5]),
-            pred_classes=torch.tensor([thing]),
-        ),
-    }
+    segments = [{"id": 1, "category_id": thing}, {"id": 2, "category_id": stuff}]
+    return output(name, ids, np.where(ids == 1, thing, stuff), segments)
 
 
 @pytest.mark.parametrize("name", ["coco_2017_test-dev_panoptic", "cityscapes_fine_panoptic_test"])
@@ -236,7 +222,7 @@ def test_a_test_set_is_only_saved(root, tmp_path, name):
     else:
         stem, image, segments = "cityscapes_panoptic_test", "berlin_000000_000019", [(1, 24), (2, 7)]
         text = (saved / "instance" / f"{image}_leftImg8bit_pred.txt").read_text()
-        assert text == f"{image}_leftImg8bit_0_person.png 24 0.5\n"
+        assert text == f"{image}_leftImg8bit_0_person.png 24 0.875\n"
         labels = np.asarray(Image.open(saved / "semantic" / f"{image}_leftImg8bit_pred.png"))
         assert (labels[:, :64] == 24).all() and (labels[:, 64:] == 7).all()
     annotation = json.loads((saved / f"{stem}.json").read_text())["annotations"][0]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kmax_d2.data.preflight import require_readable
+from kmax_d2.data.check import require_readable
 from kmax_d2.errors import UserError
-from kmax_d2.images import oriented_size, read_rgb
+from kmax_d2.images import read_rgb, read_size
 
 
 @pytest.fixture
@@ -21,8 +21,7 @@ def test_images_are_upright_rgb(tmp_path, pixels):
     exif[0x0112] = 6  # turned by a quarter
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     assert np.array_equal(read_rgb(str(tmp_path / "a.png")), np.rot90(pixels, -1))
-    with Image.open(tmp_path / "a.png") as image:
-        assert oriented_size(image) == (40, 60)
+    assert read_size(str(tmp_path / "a.png")) == (60, 40)
 
 
 @pytest.mark.parametrize("place", [0.2, 0.5, 0.8, 0.999])
@@ -38,6 +37,7 @@ def test_a_damaged_png_is_an_error_wherever_the_damage_is(tmp_path, pixels, plac
     file.write_bytes(content)
     with pytest.raises(UserError, match=rf"^cannot read the image .*a\.{suffix}: "):
         read_rgb(str(file))
+    assert read_size(str(file)) == (40, 60), "more than the header was read"
 
 
 def test_what_is_not_a_file_is_an_error_and_is_not_waited_for(tmp_path):
@@ -57,19 +57,21 @@ def write_record(folder, pixels, size=(40, 60), png="RGB"):
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"size": (40, 61)}, r"a\.jpg is 60×40, but its record says 61×40"),
-        ({"png": "L"}, r"a\.png is no panoptic PNG: its mode is L, not RGB"),
-        ({"png": "I;16"}, r"a\.png is no panoptic PNG: its mode is I;16, not RGB"),
+        ({"size": (40, 61)}, r"a\.jpg is 60×40, the JSON says 61×40"),
+        ({"png": "L"}, r"the panoptic PNG .*a\.png has no colors: its mode is L, not RGB"),
+        ({"png": "I;16"}, r"the panoptic PNG .*a\.png has more than 8 bits per channel; convert it to 8 bits first"),
     ],
 )
 def test_unusable_samples_are_found_by_their_headers(tmp_path, pixels, changes, fault):
-    require_readable("mine", [write_record(tmp_path, pixels)])
-    with pytest.raises(UserError, match=rf"^the dataset mine has a sample that cannot be used: .*{fault}; python"):
-        require_readable("mine", [write_record(tmp_path, pixels, **changes)])
+    require_readable(["shapes_val"], [write_record(tmp_path, pixels)])
+    with pytest.raises(UserError, match=rf"^the dataset shapes_val cannot be used: .*{fault}; python"):
+        require_readable(["shapes_val"], [write_record(tmp_path, pixels, **changes)])
 
 
 def test_missing_and_empty_files_are_found(tmp_path, pixels):
     record = write_record(tmp_path, pixels)
     (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"2 of 3 samples that cannot be used: cannot read .*b\.jpg: No such file"):
-        require_readable("mine", [{"file_name": str(tmp_path / "b.jpg")}, record, {"file_name": record["file_name"]}])
+    with pytest.raises(UserError, match=r"cannot be used: cannot read .*b\.jpg: No such file.*and 1 more faults"):
+        require_readable(
+            ["shapes_val"], [{"file_name": str(tmp_path / "b.jpg")}, record, {"file_name": record["file_name"]}]
+        )

@@ -38,6 +38,7 @@ def test_it_draws_trains_evaluates_and_leaves_results_and_pictures(tmp_path, sha
     assert "Traceback" not in run.stderr
     again = quickstart(output, shapes_cache, "SOLVER.MAXITER", 3)
     assert again.returncode == 1
+    assert (output / "results.json").is_file(), "a mistake on the command line loses nothing"
     assert again.stderr.strip().splitlines()[-1] == "error: no option SOLVER.MAXITER - did you mean SOLVER.MAX_ITER?"
 
 

@@ -5,9 +5,11 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import programs
@@ -18,8 +20,8 @@ from detectron2.utils.env import seed_all_rng
 from runs import ROOT, arguments, start_train_net, train_net, write_own_data
 
 from kmax_d2.checkpoint import newest_checkpoint
-from kmax_d2.engine import Trainer, setup
-from kmax_d2.engine.stop import STOPPED
+from kmax_d2.engine import Trainer, launch, setup
+from kmax_d2.engine.stop import SAME, STOPPED, StopOnSignal
 from kmax_d2.errors import UserError
 from kmax_d2.files import lock_folder
 
@@ -82,6 +84,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(own_data, tmp_path
     assert_same(*(loaded(tmp_path / name / "model_final.pth") for name in ("whole", "resumed")))
 
 
+@pytest.mark.slow
+def test_two_processes_resume_bit_by_bit(own_data, tmp_path):
+    (tmp_path / "resumed").mkdir()
+    for name in ("whole", "resumed"):
+        changes = {"SOLVER__MAX_ITER": STEPS, "SOLVER__CHECKPOINT_PERIOD": BREAK, "DATALOADER__NUM_WORKERS": 1}
+        done = train_net(tmp_path / name, own_data, "--num-gpus", "2", "--resume", **changes)
+        assert done.returncode == 0, done.stderr
+        if name == "whole":
+            shutil.copy(tmp_path / "whole" / f"model_{BREAK - 1:07d}.pth", tmp_path / "resumed")
+    assert f"Starting training from iteration {BREAK}" in done.stdout
+    assert_same(*(loaded(tmp_path / name / "model_final.pth") for name in ("whole", "resumed")))
+
+
 def test_workers_do_not_change_the_run(own_data, tmp_path):
     losses = [run(own_data, tmp_path / str(n), DATALOADER__NUM_WORKERS=n, SOLVER__MAX_ITER=3) for n in (0, 2)]
     assert losses[0] == losses[1]
@@ -108,11 +123,13 @@ def wait_for(condition, process, seconds=120):
 
 
 def interrupted(own_data, folder, *options, number):
-    """Starts a run, sends it a signal after its first checkpoint; returns its exit status."""
+    """Starts a run, sends it a signal, twice, as some senders do, after its first checkpoint; returns its status."""
     process = start_train_net(folder, own_data, *options, SOLVER__MAX_ITER=500, SOLVER__CHECKPOINT_PERIOD=1)
     try:
         wait_for(lambda: list(Path(folder).glob("model_*.pth")), process)
-        process.send_signal(number)
+        for _ in range(2):
+            process.send_signal(number)
+            time.sleep(0.1)
         process.communicate(timeout=60)
     finally:
         process.kill()
@@ -230,18 +247,77 @@ def test_torchrun_restarts_a_killed_process_from_the_last_checkpoint(own_data, t
     assert loaded(tmp_path / "model_final.pth")["iteration"] == 39
 
 
+# What SLURM's commands do, as far as the script can see: tasks on two nodes, which are both this machine.
+SRUN = """#!/bin/bash
+for SLURM_NODEID in 0 1; do
+    export SLURM_NODEID
+    "$@" &
+    tasks="$tasks $!"
+done
+trap 'kill -USR1 $tasks' USR1
+for task in $tasks; do
+    while wait $task; code=$?; [ $code -gt 128 ] && kill -0 $task 2>/dev/null; do :; done
+done
+exit $code
+"""
+SCONTROL = """#!/bin/bash
+if [ $1 = show ]; then echo 127.0.0.1; else echo "$@" > "$(dirname "$0")/requeued"; fi
+"""
+
+
 @pytest.mark.slow
-def test_the_slurm_script_of_the_docs_requeues_a_preempted_run(own_data, tmp_path):
-    (script,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)
-    files = ("--train-data", *own_data["train"], "--test-data", *own_data["val"])
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_the_slurm_script_of_the_docs_requeues_a_preempted_run(own_data, tmp_path, nodes):
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)
+    script, several = (block for block in blocks if block.startswith("#"))
+    files = shlex.join(["--train-data", *own_data["train"], "--test-data", *own_data["val"]])
     options = small.options(OUTPUT_DIR=tmp_path / "out", SOLVER__MAX_ITER=500, SOLVER__CHECKPOINT_PERIOD=1)
-    command = shlex.join([sys.executable, str(ROOT / "train_net.py"), *files, "--resume", *map(str, options)])
-    script = re.sub(r"python train_net\.py .* &", lambda _: f"{command} &", script)
-    (tmp_path / "scontrol").write_text('#!/bin/bash\necho "$@" > "$(dirname "$0")/requeued"\n')
-    (tmp_path / "scontrol").chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(["bash", "-c", script], env=environment)
-    wait_for(lambda: list((tmp_path / "out").glob("model_*.pth")), process)
-    process.send_signal(signal.SIGUSR1)
-    process.wait(timeout=120)
-    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    if nodes == 2:
+        script = re.sub(r"\npython .*\n", lambda _: f"\n{several}", script)
+    for told, small_run in {
+        "python train_net.py --config-file coco/r50": f"{sys.executable} {ROOT / 'train_net.py'} {files}",
+        "--num-gpus 8": "--num-gpus 1",
+        "OUTPUT_DIR output/r50": shlex.join(map(str, options)),
+    }.items():
+        assert told in script
+        script = script.replace(told, small_run)
+    for name, program in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(program)
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[0-1]"}
+    environment = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(["bash", "-c", script], env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: list((tmp_path / "out").glob("model_*.pth")), process)
+        process.send_signal(signal.SIGUSR1)
+        process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"
+    assert subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout == ""
+
+
+def test_a_second_signal_ends_the_process_at_once_unless_it_is_the_same_one_again():
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        hook = StopOnSignal()
+        hook.before_train()
+        hook.before_step()
+        for pause in (0, 0, SAME):
+            time.sleep(pause)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.write(writing, b".")
+        os._exit(0)
+    os.close(writing)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    with os.fdopen(reading) as survived:
+        assert survived.read() == ".."
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_meet_give_up():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(UserError, match=r"did not meet at tcp://127\.0\.0\.1:\d+: .*1/2 clients joined"):
+        launch(print, 1, num_machines=2, machine_rank=0, dist_url=address, timeout=timedelta(seconds=1))

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-import textwrap
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 
 from ..errors import UserError
-from ..images import read_rgb
+from ..images import read_rgb, read_size
 from ..parallel import parallel_map
-from .datasets.coco_panoptic import metadata_of, read_json
-from .panoptic_png import describe
-from .segment_ids import NUM_IDS, rgb2id
+from . import panoptic_png
+from .datasets import coco_panoptic
+from .datasets.coco_panoptic import Fault
+from .segment_ids import NUM_IDS
 
-# The fields that entries of a COCO panoptic JSON must have, and their types.
-CATEGORY = {"id": int, "name": str, "isthing": int}
-IMAGE = {"id": int | str, "file_name": str, "height": int, "width": int}
-ANNOTATION = {"image_id": int | str, "file_name": str, "segments_info": list}
-SEGMENT = {"id": int, "category_id": int}
+HARMLESS = {"area mismatch", "empty image", "segment without pixels"}  # faults of records that can be used
+MOST = 20_000  # records of which require_readable opens the files; of a larger dataset, evenly spaced ones
+
+Result = TypeVar("Result")
 
 
 class Category(NamedTuple):
@@ -36,30 +36,9 @@ class Category(NamedTuple):
     contiguous: int
 
 
-class Fault(NamedTuple):
-    """Something wrong: its kind, and a line that names the file."""
-
-    kind: str
-    line: str
-
-
-@dataclass(frozen=True)
-class Sample:
-    """An image and its annotation as described by the dataset.
-
-    "size" is (height, width), None if not given; "categories" are all ids that a segment may have.
-    """
-
-    image: str
-    png: str
-    size: tuple[int, int] | None
-    segments: list[dict]
-    categories: frozenset
-
-
 @dataclass
 class Findings:
-    """The contents of a sample's files: faults, (height, width), number of void pixels, and segments.
+    """The contents of a record's files: faults, (height, width), number of void pixels, and segments.
 
     A segment is (category id, area in pixels, whether it is a crowd).
     """
@@ -72,17 +51,21 @@ class Findings:
 
 @dataclass
 class Dataset:
-    """A dataset as described by its JSON, before any other file is read, and the faults of the JSON."""
+    """A dataset as described by its JSON, before any other file is read, and the faults of the JSON.
+
+    The records have category ids of `categories`.
+    """
 
     name: str
     metadata: Metadata
     categories: dict[int, Category]
-    samples: list[Sample] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
+    records: list[dict]
+    faults: list[Fault]
 
     def check(self, workers: int = 0) -> list[Findings]:
-        """Reads all files in parallel; returns the findings in the order of the samples."""
-        return parallel_map(check_sample, self.samples, f"checking {self.name}", workers)
+        """Reads all files in parallel; returns the findings in the order of the records."""
+        check = functools.partial(check_record, categories=frozenset(self.categories))
+        return parallel_map(check, self.records, f"checking {self.name}", workers)
 
 
 def registered(name: str) -> Dataset:
@@ -96,7 +79,7 @@ def registered(name: str) -> Dataset:
         with contextlib.suppress(OSError, AssertionError, UserError):
             DatasetCatalog.get(name)
     try:
-        content = read_json(json_file)
+        content = coco_panoptic.read_json(json_file)
     except UserError as error:
         if os.path.exists(json_file):
             raise
@@ -104,22 +87,25 @@ def registered(name: str) -> Dataset:
         raise UserError(
             f"{error}; datasets belong below DETECTRON2_DATASETS, now {root}: see datasets/README.md"
         ) from error
-    dataset = Dataset(name, metadata, _categories(metadata))
-    _read_samples(dataset, content, json_file, metadata.image_root, metadata.panoptic_root)
-    return dataset
+    known = _categories(metadata)
+    categories, faults = coco_panoptic.find_categories(content, json_file)
+    for category in categories:
+        same_id = known.get(category["id"])
+        if same_id is None or (same_id.name, same_id.isthing) != (category["name"], bool(category["isthing"])):
+            kind = same_id and f"{'thing' if same_id.isthing else 'stuff'} {same_id.name}"
+            line = f"{json_file}: the category {category} is {kind or 'no category'} of the registered dataset"
+            faults.append(Fault("other category", line))
+    records, more = coco_panoptic.find_records(content, json_file, metadata.image_root, metadata.panoptic_root)
+    return Dataset(name, metadata, known, records, faults + more)
 
 
 def unregistered(image_root: str, panoptic_root: str, json_file: str) -> Dataset:
     """Describes a dataset in COCO panoptic format. Raises UserError if the JSON is not in this format."""
-    content = read_json(json_file)
-    faults: list[Fault] = []
-    categories = _well_formed(content["categories"], CATEGORY, "category", json_file, faults)
-    _find_duplicates(categories, "id", "category id", json_file, faults)
-    name = Path(json_file).stem
-    metadata = Metadata(name=name, **metadata_of(categories))
-    dataset = Dataset(name, metadata, _categories(metadata), faults=faults)
-    _read_samples(dataset, content, json_file, image_root, panoptic_root)
-    return dataset
+    content = coco_panoptic.read_json(json_file)
+    categories, faults = coco_panoptic.find_categories(content, json_file)
+    metadata = Metadata(name=Path(json_file).stem, **coco_panoptic.metadata_of(categories))
+    records, more = coco_panoptic.find_records(content, json_file, image_root, panoptic_root)
+    return Dataset(metadata.name, metadata, _categories(metadata), records, faults + more)
 
 
 def _categories(metadata: Metadata) -> dict[int, Category]:
@@ -142,134 +128,107 @@ def _from_records(name: str) -> Dataset:
         raise UserError(f"the dataset {name} cannot be loaded: {error}") from error
     if not categories or any("pan_seg_file_name" not in record for record in records):
         raise UserError(f"the dataset {name} is not panoptic")
-    dataset = Dataset(name, metadata, categories)
-    ids = frozenset(categories)
-    for record in records:
-        size = (record["height"], record["width"]) if "height" in record else None
-        sample = Sample(record["file_name"], record["pan_seg_file_name"], size, record["segments_info"], ids)
-        dataset.samples.append(sample)
-    return dataset
+    return Dataset(name, metadata, categories, records, [])
 
 
-def _well_formed(entries: Any, fields: dict, what: str, json_file: str, faults: list[Fault]) -> list[dict]:
-    """Returns the entries whose fields have the right types; each of the others is a fault."""
-    good: list[dict] = []
-    for entry in entries if isinstance(entries, list) else [entries]:
-        known = entry if isinstance(entry, dict) else {}
-        wrong = [key for key, kind in fields.items() if not isinstance(known.get(key), kind)]
-        if wrong:
-            shown = textwrap.shorten(str(entry), 80, placeholder="…")
-            faults.append(Fault("malformed entry", f"{json_file}: the {what} {shown} has no valid {', '.join(wrong)}"))
-        else:
-            good.append(entry)
-    return good
+def require_readable(names: Sequence[str], records: Sequence[dict]) -> None:
+    """Raises UserError for what makes records unusable, before a run starts; the datasets have the same classes.
+
+    Looks at all segments, at the headers of up to MOST records' files in parallel, and at the first record's files
+    whole. That takes seconds.
+    """
+    categories = frozenset(range(len(MetadataCatalog.get(names[0]).stuff_classes)))
+    step = 1 + len(records) // MOST
+    with ThreadPoolExecutor(16) as pool:
+        check = functools.partial(check_record, categories=categories, whole=False)
+        faults = [fault for findings in pool.map(check, records[::step]) for fault in findings.faults]
+    for index, record in enumerate(records):
+        if index % step:
+            _known_segments(record, categories, faults)
+    faults = faults or check_record(records[0], categories).faults
+    lines = [fault.line for fault in faults if fault.kind not in HARMLESS]
+    if lines:
+        more = f" (and {len(lines) - 1} more faults)" if len(lines) > 1 else ""
+        raise UserError(
+            f"the dataset {', '.join(names)} cannot be used: {lines[0]}{more}; "
+            "python -m kmax_d2.tools.check_dataset lists everything that is wrong with a dataset"
+        )
 
 
-def _read_samples(dataset: Dataset, content: dict, json_file: str, image_root: str, panoptic_root: str) -> None:
-    """Adds the samples and the faults of the JSON's own entries to a dataset."""
-    faults = dataset.faults
-    ids = frozenset(dataset.categories)
-    images = _well_formed(content["images"], IMAGE, "image", json_file, faults)
-    annotations = _well_formed(content["annotations"], ANNOTATION, "annotation", json_file, faults)
-    _find_duplicates(images, "id", "image id", json_file, faults)
-    _find_duplicates(images, "file_name", "image file", json_file, faults)
-    _find_duplicates(annotations, "image_id", "annotation of image", json_file, faults)
-    _find_duplicates(annotations, "file_name", "PNG", json_file, faults)
-    image_of_id = {image["id"]: image for image in images}
-    for annotation in annotations:
-        png = os.path.join(panoptic_root, annotation["file_name"])
-        image = image_of_id.get(annotation["image_id"])
-        if image is None:
-            faults.append(Fault("annotation without image", f"{png}: no image has the id {annotation['image_id']}"))
-            continue
-        segments = _well_formed(annotation["segments_info"], SEGMENT, f"segment of {png}", json_file, faults)
-        size = (image["height"], image["width"])
-        dataset.samples.append(Sample(_image_file(image_root, image), png, size, segments, ids))
-    annotated = {annotation["image_id"] for annotation in annotations}
-    for id_, image in image_of_id.items():
-        if id_ not in annotated:
-            faults.append(Fault("image without annotation", f"{_image_file(image_root, image)} has no annotation"))
-
-
-def _find_duplicates(entries: list[dict], key: str, what: str, json_file: str, faults: list[Fault]) -> None:
-    for value, count in Counter(entry[key] for entry in entries).items():
-        if count > 1:
-            faults.append(Fault("duplicate", f"{json_file}: {what} {value} is there {count} times"))
-
-
-def _image_file(image_root: str, image: dict) -> str:
-    # The JSON from cityscapesscripts has other names than the image files, which are in one folder per city.
-    name = image["file_name"]
-    if name.endswith("_gtFine_leftImg8bit.png"):
-        name = os.path.join(name.split("_")[0], name.replace("_gtFine", ""))
-    return os.path.join(image_root, name)
-
-
-def check_sample(sample: Sample) -> Findings:
-    """Reads a sample's files and compares them with the dataset's description."""
+def check_record(record: dict, categories: Container[int], whole: bool = True) -> Findings:
+    """Compares a record's files, or unless `whole` their headers, with the record; segments are of `categories`."""
     findings = Findings()
-    faults = findings.faults
-    expected = sample.size
-    image = _read(sample.image, "image", faults)
-    if image is not None:
-        findings.size = (image.shape[0], image.shape[1])
-        if expected is not None and tuple(expected) != findings.size:
-            faults.append(
-                Fault("size mismatch", f"{sample.image} is {_size(image.shape)}, the JSON says {_size(expected)}")
-            )
-    known = _known_segments(sample, faults)
-    colors = _read(sample.png, "PNG", faults)
-    if colors is None:
+    faults, image = findings.faults, record["file_name"]
+    png = record.get("pan_seg_file_name", "")  # a test set may have no ground truth
+    findings.size = _read(_size_when_read if whole else read_size, image, "image", faults)
+    described = (record["height"], record["width"]) if "height" in record else None
+    if findings.size and described and findings.size != described:
+        faults.append(Fault("size mismatch", f"{image} is {_text(findings.size)}, the JSON says {_text(described)}"))
+    known = _known_segments(record, categories, faults)
+    size = _read(panoptic_png.size_of, png, "PNG", faults) if png else None
+    if size is None:
         return findings
-    size = findings.size or expected
-    if size is not None and colors.shape[:2] != size:
-        faults.append(Fault("size mismatch", f"{sample.png} is {_size(colors.shape)}, its image {_size(size)}"))
-    present = {segment["id"]: segment["area"] for segment in describe(rgb2id(colors))}
-    findings.void = present.pop(0, 0)
-    for id_, area in present.items():
-        if id_ not in known:
-            faults.append(Fault("id without segment", f"{sample.png}: {area} pixels of id {id_}, which its JSON lacks"))
-    for id_, segment in known.items():
-        if id_ not in present:
-            faults.append(Fault("segment without pixels", f"{sample.png}: no pixel of segment {id_}"))
-            continue
-        area = present[id_]
-        if segment.get("area", area) != area:
-            line = f"{sample.png}: segment {id_} has {area} pixels, the JSON says {segment['area']}"
-            faults.append(Fault("area mismatch", line))
-        findings.segments.append((segment["category_id"], area, bool(segment.get("iscrowd", 0))))
+    expected = findings.size or described
+    if expected not in (None, size):
+        faults.append(Fault("size mismatch", f"{png} is {_text(size)}, its image {_text(expected)}"))
+    ids = _read(panoptic_png.read, png, "PNG", faults) if whole else None
+    if ids is not None:
+        _check_pixels(ids, known, png, findings)
     return findings
 
 
-def _known_segments(sample: Sample, faults: list[Fault]) -> dict[int, dict]:
+def _check_pixels(ids: np.ndarray, known: dict[int, dict], png: str, findings: Findings) -> None:
+    """Adds the segments of an id map (H, W), and where it differs from those that are known."""
+    faults = findings.faults
+    present = {segment["id"]: segment["area"] for segment in panoptic_png.describe(ids)}
+    findings.void = present.pop(0, 0)
+    unknown = [id_ for id_ in present if id_ not in known]
+    if unknown:
+        shown = ", ".join(map(str, unknown[:5])) + (", …" if len(unknown) > 5 else "")
+        line = f"{png}: {sum(present[id_] for id_ in unknown)} pixels have ids that its JSON lacks: {shown}"
+        faults.append(Fault("id without segment", line))
+    for id_, segment in known.items():
+        area = present.get(id_, 0)
+        if not area:
+            faults.append(Fault("segment without pixels", f"{png}: no pixel of segment {id_}"))
+            continue
+        if segment.get("area", area) != area:
+            line = f"{png}: segment {id_} has {area} pixels, the JSON says {segment['area']}"
+            faults.append(Fault("area mismatch", line))
+        findings.segments.append((segment["category_id"], area, bool(segment.get("iscrowd", 0))))
+
+
+def _known_segments(record: dict, categories: Container[int], faults: list[Fault]) -> dict[int, dict]:
     """Returns the segments by those ids that a color can encode; adds the faults of the others."""
-    if not sample.segments:
-        faults.append(Fault("empty image", f"{sample.png} has no segment"))
+    png, segments = record.get("pan_seg_file_name"), record.get("segments_info", ())
+    if png and not segments:
+        faults.append(Fault("empty image", f"{png} has no segment"))
     known: dict[int, dict] = {}
-    for segment in sample.segments:
+    for segment in segments:
         id_, category = segment["id"], segment["category_id"]
-        if category not in sample.categories:
-            faults.append(Fault("unknown category", f"{sample.png}: segment {id_} has category {category}"))
+        if category not in categories:
+            faults.append(Fault("unknown category", f"{png}: segment {id_} has category {category}"))
         if not 0 < id_ < NUM_IDS:
-            faults.append(Fault("id out of range", f"{sample.png}: segment id {id_} is not within 1 and {NUM_IDS - 1}"))
+            faults.append(Fault("id out of range", f"{png}: segment id {id_} is not within 1 and {NUM_IDS - 1}"))
         elif id_ in known:
-            faults.append(Fault("duplicate", f"{sample.png}: segment id {id_} is there more than once"))
+            faults.append(Fault("duplicate", f"{png}: segment id {id_} is there more than once"))
         else:
             known[id_] = segment
     return known
 
 
-def _read(file: str, what: str, faults: list[Fault]) -> np.ndarray | None:
-    """Reads (H, W, 3); returns None and adds a fault on failure."""
-    if not os.path.isfile(file):
-        faults.append(Fault(f"missing {what}", file))
-        return None
+def _read(read: Callable[[str], Result], file: str, what: str, faults: list[Fault]) -> Result | None:
+    """Returns what is read from a file, or None and a fault."""
     try:
-        return read_rgb(file, what)
+        return read(file)
     except UserError as error:
-        faults.append(Fault(f"broken {what}", str(error)))
+        faults.append(Fault(f"{'broken' if os.path.exists(file) else 'missing'} {what}", str(error)))
         return None
 
 
-def _size(size: Sequence[int]) -> str:
+def _size_when_read(file: str) -> tuple[int, int]:
+    return read_rgb(file).shape[:2]
+
+
+def _text(size: Sequence[int]) -> str:
     return f"{size[1]}×{size[0]}"

@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 from detectron2.data.transforms import Augmentation, PILColorTransform
 from fvcore.transforms.transform import NoOpTransform, Transform, TransformList
 from PIL import Image, ImageEnhance, ImageOps
 
-MAX_LEVEL = 10
-
-
-class Operation(NamedTuple):
-    """A Pillow operation of the policy, applied with a probability at a level of 0 to 10."""
-
-    name: str
-    probability: float
-    level: float
-
-
+# Pairs of operations, each with its probability and its level of 0 to 10.
 POLICY = (
-    (Operation("Sharpness", 0.4, 7), Operation("Brightness", 0.2, 10)),
-    (Operation("Equalize", 0.0, 9), Operation("Contrast", 0.2, 10)),
-    (Operation("Sharpness", 0.2, 9), Operation("Color", 0.2, 9)),
-    (Operation("Solarize", 0.2, 7), Operation("Equalize", 0.6, 9)),
-    (Operation("Sharpness", 0.2, 1), Operation("Equalize", 0.2, 7)),
+    (("Sharpness", 0.4, 7), ("Brightness", 0.2, 10)),
+    (("Equalize", 0.0, 9), ("Contrast", 0.2, 10)),
+    (("Sharpness", 0.2, 9), ("Color", 0.2, 9)),
+    (("Solarize", 0.2, 7), ("Equalize", 0.6, 9)),
+    (("Sharpness", 0.2, 1), ("Equalize", 0.2, 7)),
 )
 
 
@@ -41,9 +30,9 @@ def pillow_operation(name: str, level: float) -> Callable[[Image.Image], Image.I
     if name == "Equalize":
         return ImageOps.equalize
     if name == "Solarize":
-        threshold = math.floor(level / MAX_LEVEL * 256)
+        threshold = math.floor(level / 10 * 256)
         return lambda image: ImageOps.solarize(image, threshold)
-    factor = level / MAX_LEVEL * 1.8 + 0.1
+    factor = level / 10 * 1.8 + 0.1
     enhancer = getattr(ImageEnhance, name)
     return lambda image: enhancer(image).enhance(factor)
 
@@ -62,7 +51,7 @@ class ColorPolicy(Augmentation):
     def get_transform(self, image: np.ndarray) -> Transform:
         """Draws the transform for an RGB uint8 image (H, W, 3)."""
         pair = POLICY[np.random.randint(len(POLICY))]
-        chosen = [op for op in pair if np.random.uniform() < op.probability]
+        chosen = [(name, level) for name, probability, level in pair if np.random.uniform() < probability]
         if not chosen:
             return NoOpTransform()
-        return TransformList([PILColorTransform(pillow_operation(op.name, op.level * self.level)) for op in chosen])
+        return TransformList([PILColorTransform(pillow_operation(name, level * self.level)) for name, level in chosen])

@@ -13,10 +13,11 @@ from detectron2.utils.registry import Registry
 
 from ..errors import UserError
 from ..images import read_rgb
+from . import panoptic_png
 from .augmentation import RandomPadCrop, ResizeToFit
 from .color import ColorPolicy
 from .copy_paste import PASTE_SOURCE, LabeledImage, copy_paste
-from .segment_ids import NUM_IDS, rgb2id
+from .segment_ids import NUM_IDS
 
 MAPPER_REGISTRY = Registry("MAPPER")
 MAPPER_REGISTRY.__doc__ = "Mappers of training records, named by `INPUT.DATASET_MAPPER_NAME` and called with `(cfg)`."
@@ -50,7 +51,7 @@ def read_segments(record: dict) -> tuple[np.ndarray, list[int]]:
         UserError: with the file's name, if the PNG cannot be read or has segments that the record lacks.
     """
     file = record["pan_seg_file_name"]
-    ids = rgb2id(read_rgb(file, "panoptic PNG"))
+    ids = panoptic_png.read(file)
     classes: list[int] = []
     stuff: dict[int, int] = {}
     label_of_id = {0: VOID}
@@ -63,13 +64,12 @@ def read_segments(record: dict) -> tuple[np.ndarray, list[int]]:
             )
         if segment.get("iscrowd", 0):
             label_of_id[id_] = VOID
-        elif not segment["isthing"] and category in stuff:
-            label_of_id[id_] = stuff[category]
-        else:
+            continue
+        label = None if segment["isthing"] else stuff.get(category)
+        if label is None:
             classes.append(category)
-            label_of_id[id_] = len(classes)
-            if not segment["isthing"]:
-                stuff[category] = len(classes)
+            label = stuff[category] = len(classes)
+        label_of_id[id_] = label
     # A table of all ids is faster than a search, and cheap: memory pages that are never touched are never allocated.
     table = np.zeros(NUM_IDS, np.int16)
     table[list(label_of_id)] = np.array(list(label_of_id.values())) + 1

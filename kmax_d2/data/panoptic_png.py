@@ -13,9 +13,11 @@ import numpy as np
 from PIL import Image
 
 from .. import files
-from .segment_ids import id2rgb
+from ..images import read_rgb, read_size
+from .segment_ids import id2rgb, rgb2id
 
 CHUNK = "annotation"
+WHAT = "panoptic PNG"  # in messages
 
 
 def describe(ids: np.ndarray) -> list[dict]:
@@ -45,6 +47,16 @@ def describe(ids: np.ndarray) -> list[dict]:
     ]
 
 
+def read(file: str) -> np.ndarray:
+    """Reads a panoptic PNG's segment ids (H, W), int32. Raises UserError with its name if it is damaged or gray."""
+    return rgb2id(read_rgb(file, WHAT, gray=False))
+
+
+def size_of(file: str) -> tuple[int, int]:
+    """Reads the (height, width) of a panoptic PNG from its header. Raises UserError as :func:`read` as far as seen."""
+    return read_size(file, WHAT, gray=False)
+
+
 def write(file: Path, ids: np.ndarray, annotation: dict) -> None:
     """Writes an id map (H, W) of 0 to 2^24 - 1 as a PNG that contains its annotation."""
     files.write_png(file, id2rgb(ids), **{CHUNK: json.dumps(annotation)})
@@ -62,13 +74,7 @@ def read_annotation(file: Path) -> dict | None:
 
 
 def write_json(file: Path, entries: list[dict], categories: list[dict]) -> None:
-    """Writes a COCO panoptic JSON and reports it.
-
-    Args:
-        file: the JSON.
-        entries: dicts with the "image" and the "annotation" of each image.
-        categories: of the JSON.
-    """
+    """Writes a COCO panoptic JSON of entries with the "image" and the "annotation" of each image, and reports it."""
     images, annotations = ([entry[key] for entry in entries] for key in ("image", "annotation"))
     info = {"description": files.MARK}
     files.write_json(file, {"info": info, "images": images, "annotations": annotations, "categories": categories})

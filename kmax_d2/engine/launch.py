@@ -6,6 +6,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from detectron2.engine import launch as d2_launch
 from detectron2.engine.launch import DEFAULT_TIMEOUT, _distributed_worker
 from detectron2.utils import comm
-from torch.multiprocessing import ProcessExitedException
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ..errors import UserError
 from ..speed import keep_freed_memory
@@ -30,13 +31,13 @@ def launch(
 ) -> None:
     """Runs ``function(*args)`` in as many processes as requested, or in those that torchrun has started.
 
-    Ends with status STOPPED if a signal stopped the training.
+    Ends with status STOPPED if a signal stopped the training, and with 128 + its number if one killed the processes.
 
     Args:
         function, num_gpus_per_machine, num_machines, args, options: as for :func:`detectron2.engine.launch`.
 
     Raises:
-        UserError: the number of processes is wrong, or one of them was killed.
+        UserError: the number of processes is wrong, they do not find each other, or one of them was killed.
     """
     if num_gpus_per_machine < 1 or num_machines < 1:
         raise UserError("--num-gpus and --num-machines must be at least 1; without a GPU, a process trains on the CPU")
@@ -56,13 +57,21 @@ def launch(
             f"waiting at {options['dist_url']} for all {num_machines} machines of {num_gpus_per_machine} processes "
             f"each, {DEFAULT_TIMEOUT.seconds // 60} minutes at most"
         )
+    received: list[int] = []
     try:
-        with _signals_passed_on():
+        with _signals_passed_on(received):
             d2_launch(_run, num_gpus_per_machine, num_machines=num_machines, args=(function, args), **options)
     except ProcessExitedException as error:
         if error.exit_code == STOPPED:
             sys.exit(STOPPED)
+        if received:
+            sys.exit(128 + received[-1])
         raise UserError(f"training ended: {error}; continue with --resume") from error
+    except ProcessRaisedException as error:
+        unmet = re.search(r"torch\.distributed\.Dist(?:Store|Network)Error: (.+)", str(error))
+        if unmet is None:
+            raise
+        raise UserError(f"the processes did not meet at {options['dist_url']}: {unmet[1]}") from error
 
 
 def _run_in_torchrun(function: Callable, args: tuple) -> None:
@@ -76,10 +85,11 @@ def _run_in_torchrun(function: Callable, args: tuple) -> None:
 
 
 @contextlib.contextmanager
-def _signals_passed_on() -> Iterator[None]:
-    """Passes signals on to the processes that this one has started, and goes on waiting for them."""
+def _signals_passed_on(received: list[int]) -> Iterator[None]:
+    """Passes signals on to the processes that this one has started, notes them, and goes on waiting."""
 
     def pass_on(number: int, frame: object) -> None:
+        received.append(number)
         children = multiprocessing.active_children()
         for child in children:
             os.kill(cast(int, child.pid), number)

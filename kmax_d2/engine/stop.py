@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import FrameType
 
 from detectron2.engine import HookBase
@@ -12,6 +13,7 @@ from detectron2.utils import comm
 
 STOPPED = 75  # exit status: stopped by a signal, `--resume` continues (EX_TEMPFAIL of sysexits.h)
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+SAME = 1.0  # seconds in which signals count as one: some senders reach a process both directly and by its launcher
 
 
 class Stopped(SystemExit):
@@ -24,12 +26,13 @@ class Stopped(SystemExit):
 class StopOnSignal(HookBase):
     """At SIGTERM, SIGINT, or SIGUSR1 finishes the step, saves a checkpoint, and raises :class:`Stopped` everywhere.
 
-    An evaluation is not finished. A second signal ends the process at once. Register it just before the evaluation.
+    An evaluation is not finished. A second signal, at least SAME seconds later, ends the process at once. Register it
+    just before the evaluation.
     """
 
     def before_train(self) -> None:
         """Installs the handlers, where Python allows that: in the main thread."""
-        self._received, self._between_steps, self._pid = False, False, os.getpid()
+        self._received, self._between_steps, self._pid = 0.0, False, os.getpid()
         self._earlier = {}
         if threading.current_thread() is threading.main_thread():
             self._earlier = {number: signal.signal(number, self._receive) for number in SIGNALS}
@@ -40,7 +43,7 @@ class StopOnSignal(HookBase):
 
     def after_step(self) -> None:
         """Stops if any process got a signal."""
-        if any(comm.all_gather(self._received)):
+        if any(comm.all_gather(self._received > 0)):
             self._save()
             comm.synchronize()  # no process ends while another one saves
             raise Stopped
@@ -55,9 +58,11 @@ class StopOnSignal(HookBase):
         if os.getpid() != self._pid:
             return  # a worker of the data loader, which lives as long as its parent
         if self._received:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(self._pid, number)
-        self._received = True
+            if time.monotonic() - self._received >= SAME:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(self._pid, number)
+            return
+        self._received = time.monotonic()
         if self._between_steps and comm.is_main_process():
             self._save()
             raise Stopped

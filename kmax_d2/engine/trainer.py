@@ -34,9 +34,9 @@ from ..data import (
     skip_samples,
     training_records,
 )
-from ..data.preflight import require_readable
+from ..data.check import require_readable
 from ..errors import HideUserErrors, UserError
-from ..evaluation import build_evaluator
+from ..evaluation import build_evaluator, require_evaluation
 from ..speed import training_model, use_precision
 from .ema import WeightAverage
 from .optimizer import build_lr_scheduler, build_optimizer
@@ -119,8 +119,9 @@ class Trainer(DefaultTrainer):
         """
         if comm.is_main_process():
             for name in self.cfg.DATASETS.TEST:
+                require_evaluation(self.cfg, name)
                 with _needs_files_of([name]):
-                    require_readable(name, get_detection_dataset_dicts(name, filter_empty=False))
+                    require_readable([name], get_detection_dataset_dicts(name, filter_empty=False))
         log, hide = logging.getLogger(TrainerBase.__module__), HideUserErrors()
         log.addFilter(hide)
         try:
@@ -164,7 +165,7 @@ class Trainer(DefaultTrainer):
             dataset: Any = training_records(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
         if isinstance(dataset, list):
             if comm.is_main_process() and not cfg.INPUT.SKIP_BROKEN:
-                require_readable(", ".join(cfg.DATASETS.TRAIN), dataset)
+                require_readable(cfg.DATASETS.TRAIN, dataset)
             dataset = DatasetFromList(dataset, copy=False)  # shared by all workers
         if cfg.INPUT.COPY_PASTE:
             dataset = WithPasteSource(dataset)

@@ -10,7 +10,7 @@ from detectron2.evaluation import DatasetEvaluators
 
 from ..errors import UserError
 from ..files import own_folder
-from .cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator
+from .cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator, require_cityscapesscripts
 from .instance import instance_evaluator
 from .panoptic import PanopticEvaluator
 from .semantic import scene_parsing_evaluator, semantic_evaluator
@@ -18,28 +18,40 @@ from .semantic import scene_parsing_evaluator, semantic_evaluator
 EVALUATOR_TYPES = ("coco_panoptic_seg", "cityscapes_panoptic_seg", "ade20k_panoptic_seg")
 
 
+def require_evaluation(cfg: CfgNode, dataset_name: str) -> None:
+    """Raises UserError if the results that the config asks for cannot be evaluated on a dataset, before there are any.
+
+    No evaluator serves the dataset, its package is missing, there is neither ground truth nor a folder to save to, or
+    that folder has other files.
+    """
+    metadata, test = MetadataCatalog.get(dataset_name), cfg.MODEL.KMAX.TEST
+    kind = metadata.get("evaluator_type")
+    if kind not in EVALUATOR_TYPES:
+        raise UserError(f"there is no evaluator for {dataset_name}, whose evaluator_type is {kind}")
+    if test.SAVE_PREDICTIONS:
+        own_folder(Path(test.SAVE_PREDICTIONS) / dataset_name)
+    elif metadata.get("panoptic_json") is None:
+        raise UserError(f"{dataset_name} has no ground truth: --save-predictions DIR writes what its server takes")
+    if kind == "cityscapes_panoptic_seg" and (test.INSTANCE_ON or test.SEMANTIC_ON):
+        require_cityscapesscripts()
+
+
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> DatasetEvaluators:
     """Builds the evaluators of the results that the config asks for, all from one forward pass.
+
+    Raises UserError as :func:`require_evaluation` does.
 
     Args:
         cfg: MODEL.KMAX.TEST says which results are on, and where to save predictions, if at all.
         dataset_name: a panoptic dataset. Without ground truth ("panoptic_json" in its metadata) its predictions are
             only saved.
         output_dir: where Detectron2's evaluators write.
-
-    Raises:
-        UserError: no evaluator serves the dataset, there is nothing to compare with and nowhere to save to, or the
-            folder to save to has other files.
     """
-    metadata = MetadataCatalog.get(dataset_name)
-    kind = metadata.get("evaluator_type")
-    if kind not in EVALUATOR_TYPES:
-        raise UserError(f"there is no evaluator for {dataset_name}, whose evaluator_type is {kind}")
-    test = cfg.MODEL.KMAX.TEST
-    saved = own_folder(Path(test.SAVE_PREDICTIONS) / dataset_name) if test.SAVE_PREDICTIONS else None
+    require_evaluation(cfg, dataset_name)
+    metadata, test = MetadataCatalog.get(dataset_name), cfg.MODEL.KMAX.TEST
+    kind = metadata.evaluator_type
+    saved = Path(test.SAVE_PREDICTIONS) / dataset_name if test.SAVE_PREDICTIONS else None
     has_truth = metadata.get("panoptic_json") is not None
-    if not has_truth and saved is None:
-        raise UserError(f"{dataset_name} has no ground truth: --save-predictions DIR writes what its server takes")
     evaluators = []
     cityscapes = kind == "cityscapes_panoptic_seg"
     if test.PANOPTIC_ON:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import io
 from argparse import Namespace
 from collections import Counter
@@ -44,25 +45,25 @@ def _errors_of_script() -> Iterator[None]:
         raise UserError("this cityscapesscripts needs an older NumPy: run `pip install 'numpy<2.4'`") from error
 
 
+def require_cityscapesscripts() -> None:
+    """Raises UserError if cityscapesscripts is not installed."""
+    if importlib.util.find_spec("cityscapesscripts") is None:
+        raise UserError(
+            "evaluating Cityscapes needs cityscapesscripts: run `pip install cityscapesscripts 'numpy<2.4'`"
+        )
+
+
 class CityscapesEvaluator(DatasetEvaluator):
     """The common part of the two evaluators.
 
     Args:
         dataset_name: with "gt_dir", the folder of the cities, in its metadata; without, predictions are only written.
         folder: where to keep predictions as the server takes them, with a zip file beside it; None keeps none.
-
-    Raises:
-        UserError: cityscapesscripts is not installed.
     """
 
     truth_suffix = ""  # of the ground truth's files
 
     def __init__(self, dataset_name: str, folder: Path | None = None):
-        try:
-            import cityscapesscripts  # noqa: F401
-        except ImportError as error:
-            message = "evaluating Cityscapes needs cityscapesscripts: run `pip install cityscapesscripts 'numpy<2.4'`"
-            raise UserError(message) from error
         metadata = MetadataCatalog.get(dataset_name)
         self.names = metadata.stuff_classes
         self.truth_folder = metadata.get("gt_dir")
@@ -100,11 +101,8 @@ def match_instances(
 ) -> dict:
     """Writes an image's instances, a text file and masks, and returns cityscapesscripts' matches with the true ones.
 
-    Args:
-        name: the image's, without suffix.
-        rles, classes, scores: each instance's mask, class name, and confidence.
-        truth: the file of true instance ids; without it nothing is matched.
-        folder: where to keep what is written; None keeps nothing.
+    Each instance has a mask, a class name, and a confidence. `name` is the image's, without suffix; `truth` the file of
+    true instance ids, without which nothing is matched; `folder` keeps what is written.
     """
     import cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling as script
     from cityscapesscripts.helpers.labels import name2label
@@ -183,13 +181,9 @@ class CityscapesInstanceEvaluator(CityscapesEvaluator):
 def count_pixels(
     classes: np.ndarray, name: str, truth: str | None, folder: Path | None
 ) -> tuple[np.ndarray, dict] | None:
-    """Writes an image's label ids and returns cityscapesscripts' confusion matrix and statistics of instances.
+    """Writes the label ids of contiguous classes (H, W); returns cityscapesscripts' confusion matrix and statistics.
 
-    Args:
-        classes: (H, W) contiguous classes.
-        name: the image's, without suffix.
-        truth: the file of true label ids; without it nothing is counted.
-        folder: where to keep the PNG; None keeps none.
+    The statistics are those of instances; the other arguments are as for :func:`match_instances`.
     """
     import cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling as script
     from cityscapesscripts.helpers.labels import trainId2label
@@ -246,9 +240,8 @@ class CityscapesSemanticEvaluator(CityscapesEvaluator):
         args = script.args
         matrix = script.generateMatrix(args) + sum(matrix for matrix, _ in everyone)
         statistics = script.generateInstanceStats(args)
-        for _, instances in everyone:
-            for (group, member, number), value in instances.items():
-                statistics[group][member][number] += value
+        for (group, member, number), value in sum((counts for _, counts in everyone), Counter()).items():
+            statistics[group][member][number] += value
         counts = matrix, statistics, args
         labels = {id2label[label].name: label for label in args.evalLabels}
         scores = {

@@ -13,9 +13,8 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 
-from ..data.segment_ids import rgb2id
+from ..data import panoptic_png
 from ..files import write_json
-from ..images import read_rgb
 from ..parallel import parallel_map
 from .rle import encode_masks
 
@@ -55,12 +54,8 @@ class InstanceEvaluator(COCOEvaluator):
 
 
 def things_of(record: dict) -> tuple[dict, list[dict]]:
-    """Converts a record's segments to COCO's instance format, with contiguous classes and without annotation ids.
-
-    Returns:
-        The entry of the image, and those of its segments.
-    """
-    ids = rgb2id(read_rgb(record["pan_seg_file_name"], "panoptic PNG"))
+    """Returns COCO's entries of a record's image and segments, with contiguous classes and no annotation ids."""
+    ids = panoptic_png.read(record["pan_seg_file_name"])
     annotations = []
     for segment in record["segments_info"]:
         mask = mask_util.encode(np.asfortranarray(ids == segment["id"], dtype=np.uint8))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,13 @@ from detectron2.evaluation.panoptic_evaluation import _print_panoptic_results
 from detectron2.utils import comm
 from PIL import Image
 
+from ..data import panoptic_png
 from ..data.datasets.coco_panoptic import read_json
-from ..data.segment_ids import id2rgb, rgb2id
+from ..data.segment_ids import id2rgb
 from ..errors import UserError
-from ..images import read_rgb
 from .output import archive, compact, empty_folder
 from .panoptic_quality import match_segments, panoptic_quality
 from .pool import EvaluationPool
-
-NEEDED = {"id", "category_id", "area", "iscrowd"}  # of a true segment
 
 logger = logging.getLogger(__name__)
 
@@ -30,20 +29,15 @@ logger = logging.getLogger(__name__)
 def evaluate_image(
     ids: np.ndarray, prediction: dict, truth: dict | None, truth_folder: str, folder: Path | None
 ) -> tuple[dict, dict[int, np.ndarray]]:
-    """Writes the PNG of one image, if there is a folder for it, and matches its segments with the true ones, if known.
+    """Writes predicted ids (H, W) if there is a folder, and matches an image's segments with the true ones if known.
 
-    Args:
-        ids: (H, W) predicted segment ids.
-        prediction, truth: the image's entries in the two JSON files.
-
-    Returns:
-        `prediction`, and what :func:`match_segments` counts.
+    Takes the image's entries in the two JSON files; returns `prediction`, and what :func:`match_segments` counts.
     """
     if folder is not None:
         Image.fromarray(id2rgb(ids)).save(folder / prediction["file_name"])
     if truth is None:
         return prediction, {}
-    true_ids = rgb2id(read_rgb(str(Path(truth_folder, truth["file_name"])), "panoptic PNG"))
+    true_ids = panoptic_png.read(str(Path(truth_folder, truth["file_name"])))
     return prediction, match_segments(ids, prediction["segments_info"], true_ids, truth["segments_info"])
 
 
@@ -58,7 +52,7 @@ class PanopticEvaluator(DatasetEvaluator):
         name: the name of these files.
 
     Raises:
-        UserError: the ground truth lacks what PQ needs.
+        UserError: predictions of two images would have one file.
     """
 
     def __init__(self, dataset_name: str, folder: Path | None = None, name: str = ""):
@@ -77,10 +71,10 @@ class PanopticEvaluator(DatasetEvaluator):
             content = read_json(self.json_file)
             self.is_thing = {category["id"]: category["isthing"] == 1 for category in content["categories"]}
             self.truth = {annotation["image_id"]: annotation for annotation in content["annotations"]}
-            for annotation in self.truth.values():
-                if missing := {key for segment in annotation["segments_info"] for key in NEEDED - segment.keys()}:
-                    where = f"{self.json_file}: a segment of {annotation['file_name']}"
-                    raise UserError(f"{where} has no {' and no '.join(sorted(missing))}, which PQ needs")
+            names = Counter(Path(image["file_name"]).stem for image in content["images"])
+            if folder is not None and len(names) < names.total():
+                (name, _), *_ = names.most_common(1)
+                raise UserError(f"two images of {self.json_file} have the name {name}: to save predictions, rename one")
 
     def reset(self) -> None:
         """Forgets all predictions, those in the folder too."""
@@ -142,12 +136,6 @@ class PanopticEvaluator(DatasetEvaluator):
 
     def _write(self, folder: Path, predictions: list[dict]) -> None:
         predictions.sort(key=lambda prediction: prediction["image_id"])
-        names = [prediction["file_name"] for prediction in predictions]
-        if len(set(names)) < len(names):
-            raise UserError(
-                f"two images have the name {max(names, key=names.count)}, and the prediction of one is lost; "
-                "give images unique names to save predictions"
-            )
         json_file, archived = folder / f"{self.name}.json", folder / f"{self.name}.zip"
         categories = [{"id": id_, "name": self.names[index]} for index, id_ in sorted(self.dataset_id.items())]
         json_file.write_text(json.dumps({"annotations": predictions, "categories": categories}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -22,7 +23,8 @@ def match_segments(
 
     Args:
         ids, true_ids: (H, W) segment ids in 0..2^24 - 1; 0 is void.
-        segments, true_segments: with "id" and "category_id"; the true ones also with "area" (pixels) and "iscrowd".
+        segments, true_segments: with "id" and "category_id". The true ones may have "iscrowd", and "area" (pixels),
+            which counts instead of their pixels.
 
     Returns:
         For each category: sum of IoUs, true positives, false positives, false negatives.
@@ -34,9 +36,11 @@ def match_segments(
     truth = {segment["id"]: segment for segment in true_segments}
     pairs, sizes = np.unique(true_ids.astype(np.int64) * NUM_IDS + ids, return_counts=True)
     overlaps = {divmod(pair, NUM_IDS): size for pair, size in zip(pairs.tolist(), sizes.tolist(), strict=True)}
-    areas: dict[int, int] = {}
-    for (_, id_), size in overlaps.items():
-        areas[id_] = areas.get(id_, 0) + size
+    areas: Counter = Counter()
+    true_areas: Counter = Counter()
+    for (true_id, id_), size in overlaps.items():
+        areas[id_] += size
+        true_areas[true_id] += size
     if areas.keys() - {VOID} != categories.keys():
         raise ValueError(f"the prediction lists segments {sorted(categories)} but its map has {sorted(areas)}")
 
@@ -44,9 +48,10 @@ def match_segments(
     matched, true_matched = set(), set()
     for (true_id, id_), size in overlaps.items():
         true = truth.get(true_id)
-        if true is None or true["iscrowd"] or categories.get(id_) != true["category_id"]:
+        if true is None or true.get("iscrowd") or categories.get(id_) != true["category_id"]:
             continue
-        iou = size / (areas[id_] + true["area"] - size - overlaps.get((VOID, id_), 0))
+        true_area = true.get("area") or true_areas[true_id]
+        iou = size / (areas[id_] + true_area - size - overlaps.get((VOID, id_), 0))
         if iou > 0.5:
             counts[true["category_id"]] += (iou, 1, 0, 0)
             matched.add(id_)
@@ -54,7 +59,7 @@ def match_segments(
 
     crowds = {}
     for true_id, true in truth.items():
-        if true["iscrowd"]:
+        if true.get("iscrowd"):
             crowds[true["category_id"]] = true_id
         elif true_id not in true_matched:
             counts[true["category_id"]][3] += 1

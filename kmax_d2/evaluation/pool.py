@@ -10,7 +10,7 @@ from typing import Any
 
 from detectron2.utils import comm
 
-from ..parallel import num_cores
+from ..parallel import num_cores, serve_parent
 
 PENDING = 4  # images per process, so that those not yet evaluated take little memory
 
@@ -35,7 +35,8 @@ class EvaluationPool:
         """
         if self.pool is None:
             # Forked processes start at once; fresh ones would each import PyTorch for seconds.
-            self.pool = ProcessPoolExecutor(self.workers, mp_context=multiprocessing.get_context("fork"))
+            fork = multiprocessing.get_context("fork")
+            self.pool = ProcessPoolExecutor(self.workers, mp_context=fork, initializer=serve_parent)
             # A rank that fails would wait for its processes forever, and the other ranks for it. End the processes
             # before their queues are closed, which multiprocessing does at priority 10.
             end = {"cancel_futures": True}

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator
-from PIL import Image
 
-from ..data.segment_ids import rgb2id
+from ..data import panoptic_png
+from ..data.datasets.coco_panoptic import register_records
 from ..images import read_rgb
 from .output import compact
 from .pool import EvaluationPool
@@ -20,7 +20,7 @@ from .pool import EvaluationPool
 
 def segment_classes(file_name: str, segments: list[dict], ignore_label: int) -> np.ndarray:
     """Reads the (H, W) contiguous classes of a panoptic PNG; pixels without a segment get `ignore_label`."""
-    ids = rgb2id(read_rgb(file_name, "panoptic PNG"))
+    ids = panoptic_png.read(file_name)
     classes = {segment["id"]: segment["category_id"] for segment in segments}
     present, inverse = np.unique(ids, return_inverse=True)
     return np.array([classes.get(id_, ignore_label) for id_ in present.tolist()])[inverse].reshape(ids.shape)
@@ -28,7 +28,7 @@ def segment_classes(file_name: str, segments: list[dict], ignore_label: int) -> 
 
 def annotated_classes(file_name: str, ignore_label: int) -> np.ndarray:
     """Reads the (H, W) contiguous classes of an ADE20K semantic PNG, in which 0 is void and classes count from 1."""
-    labels = np.asarray(Image.open(file_name)).astype(np.int64)
+    labels = read_rgb(file_name, "semantic PNG")[..., 0].astype(np.int64)
     return np.where(labels == 0, ignore_label, labels - 1)
 
 
@@ -58,10 +58,7 @@ class SemanticEvaluator(SemSegEvaluator):
     def __init__(self, dataset_name: str, truths: dict[str, Callable[[], np.ndarray]]):
         metadata = MetadataCatalog.get(dataset_name)
         name = f"{dataset_name}_semantic"  # Detectron2's evaluator looks for semantic PNGs in the records
-        for catalog in (DatasetCatalog, MetadataCatalog):
-            catalog.pop(name, None)
-        DatasetCatalog.register(name, list)
-        MetadataCatalog.get(name).set(stuff_classes=metadata.stuff_classes, ignore_label=metadata.ignore_label)
+        register_records(name, list, stuff_classes=metadata.stuff_classes, ignore_label=metadata.ignore_label)
         super().__init__(name)
         self._compute_boundary_iou = False
         self._truths = truths
@@ -109,8 +106,5 @@ def scene_parsing_evaluator(dataset_name: str) -> SemanticEvaluator:
     if not folder.is_dir():
         return semantic_evaluator(dataset_name)
     files = [record["file_name"] for record in DatasetCatalog.get(dataset_name)]
-    truths: dict[str, Callable[[], np.ndarray]] = {
-        file: partial(annotated_classes, str(folder / f"{Path(file).stem}.png"), metadata.ignore_label)
-        for file in files
-    }
-    return SemanticEvaluator(dataset_name, truths)
+    read, label = annotated_classes, metadata.ignore_label
+    return SemanticEvaluator(dataset_name, {f: partial(read, f"{folder / Path(f).stem}.png", label) for f in files})

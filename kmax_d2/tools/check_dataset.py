@@ -23,6 +23,7 @@ PARSER.add_argument("--output", default="output/check_dataset", metavar="DIR", h
 PARSER.add_argument("--samples", type=int, default=12, metavar="N", help="samples on the page (%(default)s)")
 PARSER.add_argument("--seed", type=int, default=0, metavar="N", help="for choosing them (%(default)s)")
 PARSER.add_argument("--examples", type=int, default=5, metavar="N", help="shown of each fault (%(default)s)")
+PARSER.add_argument("--overwrite", action="store_true", help="also over a page that is not from here")
 PARSER.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one per core)")
 
 if __name__ == "__main__":
@@ -36,12 +37,12 @@ from detectron2.data import DatasetCatalog
 from PIL import Image
 from tabulate import tabulate
 
-from ..data.check import Dataset, Findings, Sample, registered, unregistered
-from ..data.mapper import read_image
+from ..data.check import Dataset, Findings, registered, unregistered
 from ..data.segment_ids import rgb2id
 from ..engine import ready_config
 from ..errors import UserError, did_you_mean
-from ..files import make_folder, write_png
+from ..files import require_own, write_png
+from ..images import read_rgb
 from ..visualization import draw_panoptic, page
 
 COLUMNS = 4  # of the page
@@ -71,7 +72,7 @@ def fault_lines(dataset: Dataset, findings: list[Findings], num_examples: int) -
     examples = defaultdict(list)
     for fault in [*dataset.faults, *(fault for found in findings for fault in found.faults)]:
         examples[fault.kind].append(fault.line)
-    if not dataset.samples:
+    if not dataset.records:
         examples["no samples"].append(dataset.name)
     lines = []
     for kind, of_kind in examples.items():
@@ -114,37 +115,38 @@ def size_table(dataset: Dataset, findings: list[Findings]) -> str:
     return tabulate(rows, headers=["", "minimum", "median", "maximum"], floatfmt=".0f", tablefmt="github")
 
 
-def draw_sample(sample: Sample, dataset: Dataset) -> np.ndarray:
+def draw_sample(record: dict, dataset: Dataset) -> np.ndarray:
     """Draws the annotation over the image, at most LONG_SIDE pixels long or enlarged; (H, W, 3) uint8, RGB."""
-    image, colors = (Image.fromarray(read_image({"file_name": file})) for file in (sample.image, sample.png))
+    image, colors = (Image.fromarray(read_rgb(record[key])) for key in ("file_name", "pan_seg_file_name"))
     scale = min(1.0, LONG_SIDE / max(image.size))
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     ids = rgb2id(np.asarray(colors.resize(size, Image.Resampling.NEAREST)))
-    categories = {segment["id"]: dataset.categories[segment["category_id"]] for segment in sample.segments}
+    categories = {segment["id"]: dataset.categories[segment["category_id"]] for segment in record["segments_info"]}
     visible = {id_: category for id_, category in categories.items() if id_ in ids}
     segments = [{"id": id_, "category_id": c.contiguous, "isthing": c.isthing} for id_, c in visible.items()]
     return draw_panoptic(np.asarray(image.resize(size)), ids, segments, dataset.metadata)
 
 
-def draw_page(dataset: Dataset, findings: list[Findings], args: argparse.Namespace) -> None:
+def draw_page(dataset: Dataset, findings: list[Findings], args: argparse.Namespace, file: Path) -> None:
     """Writes a page of random samples without faults, if there are any."""
-    sound = [sample for sample, found in zip(dataset.samples, findings, strict=True) if not found.faults]
+    sound = [record for record, found in zip(dataset.records, findings, strict=True) if not found.faults]
     chosen = random.Random(args.seed).sample(sound, min(args.samples, len(sound)))
     if chosen:
-        panels = [(Path(sample.image).name, draw_sample(sample, dataset)) for sample in chosen]
+        panels = [(Path(record["file_name"]).name, draw_sample(record, dataset)) for record in chosen]
         sheet = page([panels[start : start + COLUMNS] for start in range(0, len(panels), COLUMNS)])
-        file = make_folder(Path(args.output)) / f"{dataset.name}.png"
         write_png(file, sheet)
         print(f"samples are drawn in {file}")
 
 
 def report(dataset: Dataset, args: argparse.Namespace) -> bool:
     """Checks a dataset and prints what it finds. Returns whether the dataset is sound."""
+    file = Path(args.output) / f"{dataset.name}.png"
+    require_own([file], args.overwrite)
     findings = dataset.check(args.workers)
-    print(f"\n{dataset.name}: {len(dataset.samples)} images, {sum(len(f.segments) for f in findings)} segments")
+    print(f"\n{dataset.name}: {len(dataset.records)} images, {sum(len(f.segments) for f in findings)} segments")
     print(class_table(dataset, findings))
     print(f"\n{size_table(dataset, findings)}\n")
-    draw_page(dataset, findings, args)
+    draw_page(dataset, findings, args, file)
     lines = fault_lines(dataset, findings, args.examples)
     print("\n".join([f"{dataset.name} has faults:", *lines]) if lines else f"{dataset.name} is sound")
     return not lines

@@ -29,10 +29,11 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from ..engine import ready_config
+from ..engine.log import quiet_log
 from ..engine.setup import PANOPTIC_ONLY
 from ..errors import UserError
 from ..files import make_folder, write_json
-from .quickstart import CONFIG, QuickstartTrainer, quiet_log
+from .quickstart import CONFIG, QuickstartTrainer
 
 ATTENTIONS = {"KMeansCrossAttention": "k-means", "SoftmaxCrossAttention": "spatial softmax"}
 DEFAULTS = ("SOLVER.MAX_ITER", 1000, "TEST.EVAL_PERIOD", 100)
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.seeds < 1:
         raise UserError(f"--seeds must be at least 1, not {args.seeds}")
     output = make_folder(Path(args.output))
-    quiet_log(output)
+    quiet_log(str(output))
     curves: dict[str, list[dict[int, float]]] = {label: [] for label in ATTENTIONS.values()}
     # Seed by seed, so that an interrupted comparison has complete pairs.
     for seed in range(1, args.seeds + 1):

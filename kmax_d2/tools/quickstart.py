@@ -16,7 +16,6 @@ PARSER.add_argument("--output", default="output/quickstart", metavar="DIR", help
 if __name__ == "__main__":
     PARSER.parse()  # answers --help and mistakes before the slow imports
 
-import logging
 import time
 
 from detectron2.config import CfgNode
@@ -25,15 +24,15 @@ from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import CommonMetricPrinter, EventWriter
-from detectron2.utils.logger import setup_logger
 from PIL import Image
 from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
 from ..engine import Trainer, ready_config
+from ..engine.log import quiet_log
 from ..engine.setup import dataset_metadata
-from ..files import make_folder, write_json
+from ..files import lock_folder, make_folder, write_json
 from ..visualization import result_page
 
 CONFIG = "shapes/quickstart"
@@ -94,24 +93,16 @@ def draw_pictures(cfg: CfgNode, model: nn.Module, folder: Path) -> None:
         Image.fromarray(page).save(folder / f"{Path(record['file_name']).stem}.png")
 
 
-def quiet_log(output: Path) -> None:
-    """Sends the whole log to a file in `output`, and only Detectron2's warnings to the terminal."""
-    setup_logger(name="kmax_d2")
-    setup_logger(str(output), name="fvcore")
-    for handler in setup_logger(str(output)).handlers:
-        if not isinstance(handler, logging.FileHandler):
-            handler.setLevel(logging.WARNING)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command line; None takes that of the process."""
     args = PARSER.parse(argv)
     start = time.perf_counter()
-    output = make_folder(Path(args.output))
+    output = Path(args.output)
+    cfg = ready_config(CONFIG, ["OUTPUT_DIR", str(output), *args.opts])
+    lock_folder(output)
     results_file = output / "results.json"
     results_file.unlink(missing_ok=True)  # the file is there only if the run has finished
-    quiet_log(output)
-    cfg = ready_config(CONFIG, ["OUTPUT_DIR", str(output), *args.opts])
+    quiet_log(str(output))
     seed_all_rng(cfg.SEED)
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         DatasetCatalog.get(name)  # draws the images, with its own progress bar, before anything else is shown

@@ -10,27 +10,21 @@ from pathlib import Path
 from detectron2.data.datasets.builtin_meta import CITYSCAPES_CATEGORIES, COCO_CATEGORIES
 
 from ...errors import UserError
-from . import catalog
-from .coco_panoptic import metadata_of, require_files
+from .coco_panoptic import metadata_of, register_records, require_files
 
+COPIED = ("file_name", "height", "width")  # from a JSON's images to the records
 SUFFIX = "_leftImg8bit.png"  # of Cityscapes' images
 
 
 def load_coco(json_file: str, image_root: str) -> list[dict]:
     """Loads records of the images in an image_info JSON. Raises UserError if it or an image is missing."""
     try:
-        images = json.loads(Path(json_file).read_text())["images"]
-    except (OSError, ValueError, KeyError) as error:
+        images = json.loads(Path(json_file).read_bytes())["images"]
+        records = [{"image_id": image["id"]} | {key: image[key] for key in COPIED} for image in images]
+        for record in records:
+            record["file_name"] = os.path.join(image_root, record["file_name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read the list of images {json_file}: {error!r}") from error
-    records = [
-        {
-            "file_name": os.path.join(image_root, image["file_name"]),
-            "image_id": image["id"],
-            "height": image["height"],
-            "width": image["width"],
-        }
-        for image in images
-    ]
     require_files([record["file_name"] for record in records], "images", json_file)
     return records
 
@@ -53,8 +47,8 @@ def register(root: str) -> None:
     for split in ("test", "test-dev"):
         json_file = os.path.join(root, "coco", "annotations", f"image_info_{split}2017.json")
         load = partial(load_coco, json_file, os.path.join(root, "coco", "test2017"))
-        catalog.register(f"coco_2017_{split}_panoptic", load, server_name=f"{split}2017", **coco)
-    catalog.register(
+        register_records(f"coco_2017_{split}_panoptic", load, server_name=f"{split}2017", **coco)
+    register_records(
         "cityscapes_fine_panoptic_test",
         partial(load_cityscapes, os.path.join(root, "cityscapes", "leftImg8bit", "test")),
         evaluator_type="cityscapes_panoptic_seg",
