@@ -27,11 +27,11 @@ def damaged(content, rng):
     """Bytes with some of them changed, left out, doubled, or cut off."""
     content = bytearray(content)
     for _ in range(rng.choice([1, 1, 3, 20])):
-        place = rng.randrange(min(len(content), 400) if rng.random() < 0.5 else len(content))  # headers matter more
+        place = rng.randrange(1 + min(len(content), 400 if rng.random() < 0.5 else len(content)))  # headers matter more
         length = rng.choice([1, 4, 50])
         piece = content[place : place + length]
         content[place : place + length] = rng.choice([rng.randbytes(len(piece)), b"", 2 * piece, bytes(len(piece))])
-    return bytes(content[: rng.randrange(len(content))]) if rng.random() < 0.2 else bytes(content)
+    return bytes(content[: rng.randrange(1 + len(content))] if rng.random() < 0.2 else content)
 
 
 def odd(value, rng):
