@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from ast import literal_eval
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -109,11 +110,16 @@ def check(cfg: CfgNode) -> None:
             if not rule.holds(value):
                 hint = did_you_mean(str(value), rule.choices)
                 raise UserError(f"{name} is {value or repr(value)}, but must be {rule.wanted}{hint}")
-        elif value != defaults.get(name, value) and not (name.startswith("MODEL.") and _has_foreign_parts(cfg)):
+        elif not (_same(value, defaults.get(name, value)) or (name.startswith("MODEL.") and _has_foreign_parts(cfg))):
             raise UserError(f"{name} is an option of Detectron2 that nothing here reads: leave it out")
     for holds, message in RELATIONS:
         if not holds(cfg):
             raise UserError(message)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Compares values; a dumped config has lists for the tuples inside of others."""
+    return json.dumps(one, default=str) == json.dumps(other, default=str)
 
 
 def _has_foreign_parts(cfg: CfgNode) -> bool:

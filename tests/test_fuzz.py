@@ -27,11 +27,11 @@ def damaged(content, rng):
     """Bytes with some of them changed, left out, doubled, or cut off."""
     content = bytearray(content)
     for _ in range(rng.choice([1, 1, 3, 20])):
-        place = rng.randrange(min(len(content), 400) if rng.random() < 0.5 else len(content))  # headers matter more
+        place = rng.randrange(1 + min(len(content), 400 if rng.random() < 0.5 else len(content)))  # headers matter more
         length = rng.choice([1, 4, 50])
         piece = content[place : place + length]
         content[place : place + length] = rng.choice([rng.randbytes(len(piece)), b"", 2 * piece, bytes(len(piece))])
-    return bytes(content[: rng.randrange(len(content))]) if rng.random() < 0.2 else bytes(content)
+    return bytes(content[: rng.randrange(1 + len(content))] if rng.random() < 0.2 else content)
 
 
 def odd(value, rng):
@@ -127,11 +127,13 @@ def test_damaged_files_are_a_result_or_one_line(tmp_path, data, damage, part, re
     rng = random.Random(f"{damage.__name__} {part}")
     handler = signal.signal(signal.SIGALRM, hangs)
     refused = 0
-    for number in range(25):
-        (tmp_path / str(number)).mkdir()
-        signal.alarm(SECONDS)
-        refused += one_line(damage, tmp_path / str(number), data, rng, request) is not None
+    try:
+        for number in range(25):
+            (tmp_path / str(number)).mkdir()
+            signal.alarm(SECONDS)
+            refused += one_line(damage, tmp_path / str(number), data, rng, request) is not None
+            shutil.rmtree(tmp_path / str(number))
+    finally:
         signal.alarm(0)
-        shutil.rmtree(tmp_path / str(number))
-    signal.signal(signal.SIGALRM, handler)
+        signal.signal(signal.SIGALRM, handler)
     assert refused
