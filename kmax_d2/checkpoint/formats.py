@@ -130,7 +130,8 @@ def _kind(head: bytes) -> str:
 
 def _unreadable(file: str, error: Exception) -> UserError:
     """Words what a library said about a file as one line."""
-    reason = " ".join(str(error)[:500].split())  # a damaged name may be megabytes long
+    words = str(error).rpartition("WeightsUnpickler error:")[2]  # what is before them is PyTorch's advice to trust it
+    reason = " ".join(words[:500].split())  # a damaged name may be megabytes long
     call = re.search(r"GLOBAL (\S+)", reason) if isinstance(error, pickle.UnpicklingError) else None
     if call is not None:
         return UserError(f"{file} is not read: besides tensors it holds {call[1]}, which could run code")
