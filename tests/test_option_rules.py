@@ -169,6 +169,7 @@ CODE = "!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.
         ("\x00", "{folder}/own.yaml is not valid YAML: "),
         ("VERSION: text", "VERSION is text, but must be 2"),
         ("3: 4", "no option 3"),
+        ("MODEL: {KMAX: {LOSS: {MASK_IDWEIGHT: 1.0}}}", "MASK_IDWEIGHT - did you mean MODEL.KMAX.LOSS.MASK_ID_WEIGHT?"),
         ("SOLVER:\n  EMA: 3", "SOLVER.EMA is 3, but must be a section of options"),
         (
             "MODEL:\n  META_ARCHITECTURE: GeneralizedRCNN",
@@ -227,5 +228,6 @@ def test_detectron2s_predictor_gives_what_the_mapper_gives(tmp_path):
     ("crop", "fit", "sizes"), [([97, 97], True, (97, 97)), ([193, 257], True, (193, 257)), ([65, 97], False, (0, 0))]
 )
 def test_sizes_of_detectron2s_predictor(crop, fit, sizes):
-    cfg = load_config("", ["INPUT.CROP_SIZE", crop, "INPUT.FIT_CROP", fit])
-    assert [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST] == list(sizes)
+    inputs = load_config("", ["INPUT.CROP_SIZE", crop, "INPUT.FIT_CROP", fit]).INPUT
+    found = inputs.MIN_SIZE_TEST, inputs.MAX_SIZE_TEST
+    assert found == sizes
