@@ -14,9 +14,9 @@ from prepare_common import convert_split, find, make_panoptic, parse_args
 
 from kmax_d2.command_line import run_program
 from kmax_d2.data.datasets import ade20k
-from kmax_d2.data.mapper import read_image
 from kmax_d2.data.panoptic_png import describe
 from kmax_d2.errors import UserError
+from kmax_d2.images import read_rgb
 
 FOLDERS = {"train": "training", "val": "validation"}
 # The instance annotations number only the things, from 1, in the order of all classes.
@@ -50,8 +50,8 @@ def panoptic_ids(semantic: np.ndarray, instances: np.ndarray) -> np.ndarray:
 
 def make(semantic: Path, instances: Path) -> tuple[np.ndarray, dict]:
     """Returns the id map of a pair of annotation files and the JSON's entries. Raises UserError with their names."""
-    labels = read_image({"file_name": str(semantic)})[..., 0]
-    numbers = read_image({"file_name": str(instances)})[..., :2]
+    labels = read_rgb(str(semantic))[..., 0]
+    numbers = read_rgb(str(instances))[..., :2]
     try:
         ids = panoptic_ids(labels, numbers)
     except UserError as error:

@@ -114,6 +114,8 @@ def test_number_of_classes_that_contradicts_the_dataset():
 
 def test_own_data_give_the_number_of_classes(data):
     assert setup(arguments("coco/r50", data=data)).MODEL.KMAX.NUM_CLASSES == 9
+    with pytest.raises(UserError, match=r"NUM_CLASSES is 5, but your data have 9 classes"):
+        setup(arguments("coco/r50", ["MODEL.KMAX.NUM_CLASSES", "5"], data))
 
 
 @pytest.mark.parametrize("kind", ["file_name", "pan_seg_file_name"])

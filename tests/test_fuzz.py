@@ -127,11 +127,13 @@ def test_damaged_files_are_a_result_or_one_line(tmp_path, data, damage, part, re
     rng = random.Random(f"{damage.__name__} {part}")
     handler = signal.signal(signal.SIGALRM, hangs)
     refused = 0
-    for number in range(25):
-        (tmp_path / str(number)).mkdir()
-        signal.alarm(SECONDS)
-        refused += one_line(damage, tmp_path / str(number), data, rng, request) is not None
+    try:
+        for number in range(25):
+            (tmp_path / str(number)).mkdir()
+            signal.alarm(SECONDS)
+            refused += one_line(damage, tmp_path / str(number), data, rng, request) is not None
+            shutil.rmtree(tmp_path / str(number))
+    finally:
         signal.alarm(0)
-        shutil.rmtree(tmp_path / str(number))
-    signal.signal(signal.SIGALRM, handler)
+        signal.signal(signal.SIGALRM, handler)
     assert refused

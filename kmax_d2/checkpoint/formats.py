@@ -130,7 +130,7 @@ def _kind(head: bytes) -> str:
 
 def _unreadable(file: str, error: Exception) -> UserError:
     """Words what a library said about a file as one line."""
-    reason = " ".join(str(error)[:1000].split())
+    reason = " ".join(str(error)[:500].split())  # a damaged name may be megabytes long
     call = re.search(r"GLOBAL (\S+)", reason) if isinstance(error, pickle.UnpicklingError) else None
     if call is not None:
         return UserError(f"{file} is not read: besides tensors it holds {call[1]}, which could run code")
@@ -144,7 +144,7 @@ def _read_torch(file: str, is_zip: bool, resume: bool) -> object:
     try:
         # A training state must not be a view of a file that the run may overwrite.
         return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip and not resume)
-    except Exception as error:  # in a damaged file, the unpickler meets and raises anything
+    except Exception as error:  # damaged bytes are instructions, which can fail in any way
         raise _unreadable(file, error) from error
 
 

@@ -15,8 +15,9 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from detectron2.engine import launch as d2_launch
-from detectron2.engine.launch import DEFAULT_TIMEOUT, _distributed_worker
+from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
+from torch.distributed.rendezvous import rendezvous
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ..errors import UserError
@@ -75,13 +76,19 @@ def launch(
 
 
 def _run_in_torchrun(function: Callable, args: tuple) -> None:
-    names = ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
-    local_rank, world_size, per_machine, machine = (int(os.environ[name]) for name in names)
-    if world_size == 1:
-        _run(function, args)
-    else:
-        # What Detectron2's launch runs in each process; torchrun has put the address into the environment.
-        _distributed_worker(local_rank, _run, world_size, per_machine, machine, "env://", (function, args))
+    if int(os.environ["WORLD_SIZE"]) > 1:
+        store, rank, world_size = next(rendezvous("env://", timeout=DEFAULT_TIMEOUT))
+        if os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":
+            # It outlives a restart, and so do the addresses in it of processes that are gone.
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        on_gpu = torch.cuda.is_available()
+        backend = "nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=DEFAULT_TIMEOUT)
+        comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+        if on_gpu:
+            torch.cuda.set_device(comm.get_local_rank())
+        comm.synchronize()
+    _run(function, args)
 
 
 @contextlib.contextmanager

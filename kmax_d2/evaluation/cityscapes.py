@@ -9,12 +9,11 @@ import contextlib
 import copy
 import importlib.util
 import io
+import itertools
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -71,12 +70,9 @@ class CityscapesEvaluator(DatasetEvaluator):
 
     def reset(self) -> None:
         """Forgets all predictions, those in the folder too."""
-        self.pool = EvaluationPool(self.collect)
+        self.results: list = []  # of each image, from another process
+        self.pool = EvaluationPool(self.results.append)
         empty_folder(self.folder)
-
-    def collect(self, result: Any) -> None:
-        """Takes the result of one image."""
-        raise NotImplementedError
 
     def truth_of(self, image_file: str) -> str | None:
         """Returns the ground truth's file of an image; None without ground truth."""
@@ -86,14 +82,15 @@ class CityscapesEvaluator(DatasetEvaluator):
         name = file.name.replace("_leftImg8bit", f"_gtFine_{self.truth_suffix}")
         return str(Path(self.truth_folder) / file.parent.name / name)
 
-    def gather(self, counted: object) -> list | None:
-        """Archives predictions and returns every rank's `counted` on rank 0; else, or without ground truth, None."""
-        everyone = comm.gather(counted)
+    def gather(self) -> list | None:
+        """Archives predictions and returns all images' results on rank 0; else, or without ground truth, None."""
+        self.pool.finish()
+        everyone = comm.gather(self.results)
         if not comm.is_main_process():
             return None
         if self.folder is not None:
             archive(self.folder.with_suffix(".zip"), self.folder)
-        return None if self.truth_folder is None else everyone
+        return None if self.truth_folder is None else list(itertools.chain.from_iterable(everyone))
 
 
 def match_instances(
@@ -139,15 +136,6 @@ class CityscapesInstanceEvaluator(CityscapesEvaluator):
 
     truth_suffix = "instanceIds"
 
-    def reset(self) -> None:
-        """Forgets all predictions and matches."""
-        super().reset()
-        self.matches: dict[str, dict] = {}
-
-    def collect(self, result: dict) -> None:
-        """Takes the matches of one image."""
-        self.matches |= result
-
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """Submits images; an output's "instances" has masks, scores, and contiguous classes."""
         for record, output in zip(inputs, outputs, strict=True):
@@ -164,12 +152,11 @@ class CityscapesInstanceEvaluator(CityscapesEvaluator):
 
     def evaluate(self) -> dict | None:
         """Returns "segm": AP, AP50, and each class's AP, in percent, nan for a class without instances; on rank 0."""
-        self.pool.finish()
-        if (everyone := self.gather(self.matches)) is None:
+        if (results := self.gather()) is None:
             return None
         import cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling as script
 
-        matches = {file: match for matches in everyone for file, match in matches.items()}
+        matches = {file: match for of_image in results for file, match in of_image.items()}
         args = instance_options()
         # Instances of equal confidence are ranked in the order of the images.
         averages = script.computeAverages(script.evaluateMatches(dict(sorted(matches.items())), args), args)
@@ -205,23 +192,6 @@ class CityscapesSemanticEvaluator(CityscapesEvaluator):
 
     truth_suffix = "labelIds"
 
-    def reset(self) -> None:
-        """Forgets all predictions and counts."""
-        super().reset()
-        self.matrix: np.ndarray | int = 0
-        self.instances: Counter = Counter()
-
-    def collect(self, result: tuple[np.ndarray, dict] | None) -> None:
-        """Adds the counts of one image, as :func:`count_pixels` returns them."""
-        if result is None:
-            return
-        matrix, statistics = result
-        self.matrix = self.matrix + matrix
-        for group, members in statistics.items():
-            for member, numbers in members.items():
-                for number in ("tp", "fn", "tpWeighted", "fnWeighted"):
-                    self.instances[group, member, number] += numbers[number]
-
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """Submits images; :func:`~kmax_d2.evaluation.semantic.class_map` says what an output has."""
         for record, output in zip(inputs, outputs, strict=True):
@@ -231,17 +201,19 @@ class CityscapesSemanticEvaluator(CityscapesEvaluator):
 
     def evaluate(self) -> dict | None:
         """Returns "sem_seg": mIoU (and IoU), iIoU, both of categories (_sup), each class's IoU; percent, on rank 0."""
-        self.pool.finish()
-        if (everyone := self.gather((self.matrix, self.instances))) is None:
+        if (results := self.gather()) is None:
             return None
         import cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling as script
         from cityscapesscripts.helpers.labels import category2labels, id2label
 
         args = script.args
-        matrix = script.generateMatrix(args) + sum(matrix for matrix, _ in everyone)
-        statistics = script.generateInstanceStats(args)
-        for (group, member, number), value in sum((counts for _, counts in everyone), Counter()).items():
-            statistics[group][member][number] += value
+        matrix, statistics = script.generateMatrix(args), script.generateInstanceStats(args)
+        for of_image, instances in results:
+            matrix += of_image
+            for group, members in instances.items():
+                for member, numbers in members.items():
+                    for number in ("tp", "fn", "tpWeighted", "fnWeighted"):
+                        statistics[group][member][number] += numbers[number]
         counts = matrix, statistics, args
         labels = {id2label[label].name: label for label in args.evalLabels}
         scores = {
