@@ -46,7 +46,8 @@ def _one_line(error: BaseException) -> str:
         name, _, text = text.strip().splitlines()[-1].partition(": ")
         name = name.rpartition(".")[-1]
     if name.endswith("MemoryError") or re.search("DefaultCPUAllocator|out of memory", text):
-        return f"error: not enough memory: use a smaller image, batch, or model {text.partition('. ')[0]}"
+        reason = " ".join(text.partition(". ")[0].split()) or name
+        return f"error: not enough memory ({reason}): use a smaller image, batch, or model"
     known = isinstance(error, (UserError, OSError, BrokenExecutor)) or name == UserError.__name__
     if known or issubclass(getattr(builtins, name, object), OSError):
         return f"error: {' '.join(re.sub(r'^.Errno -?[0-9]+. ', '', text).split())}"

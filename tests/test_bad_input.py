@@ -42,36 +42,6 @@ def test_config_is_found_by_its_name_too():
     assert load_config("coco/r50").dump() == load_config(str(programs.ROOT / "configs/coco/r50.yaml")).dump()
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("MODEL: [1, 2", r"own\.yaml is not valid YAML"),
-        (
-            "MODEL:\n  KMAX:\n    LOSS:\n      MASK_IDWEIGHT: 1.0\n",
-            r"MASK_IDWEIGHT - did you mean MODEL\.KMAX\.LOSS\.MASK_ID_WEIGHT\?",
-        ),
-    ],
-)
-def test_config_with_a_mistake(tmp_path, text, message):
-    (tmp_path / "own.yaml").write_text(text)
-    with pytest.raises(UserError, match=message):
-        load_config(str(tmp_path / "own.yaml"))
-
-
-@pytest.mark.parametrize(
-    ("opts", "message"),
-    [
-        (["SOLVER.BASELR", "1"], r"no option SOLVER\.BASELR - did you mean SOLVER\.BASE_LR\?"),
-        (["MODEL.KMAX.NUM_QUERIES", "8"], r"no option MODEL\.KMAX\.NUM_QUERIES - did you mean "),
-        (["SOLVER.BASE_LR"], r"options come in pairs .* SOLVER\.BASE_LR is alone"),
-        (["SOLVER.MAX_ITER", "many"], r"SOLVER\.MAX_ITER is many, but must be a whole number from 1 on"),
-    ],
-)
-def test_options(opts, message):
-    with pytest.raises(UserError, match=message):
-        load_config("", opts)
-
-
 def test_unregistered_dataset_names_the_nearest():
     opts = ["DATASETS.TRAIN", "('shapes_trian',)"]
     with pytest.raises(UserError, match=r"no dataset shapes_trian is registered - did you mean shapes_train\?"):
@@ -144,6 +114,8 @@ def test_number_of_classes_that_contradicts_the_dataset():
 
 def test_own_data_give_the_number_of_classes(data):
     assert setup(arguments("coco/r50", data=data)).MODEL.KMAX.NUM_CLASSES == 9
+    with pytest.raises(UserError, match=r"NUM_CLASSES is 5, but your data have 9 classes"):
+        setup(arguments("coco/r50", ["MODEL.KMAX.NUM_CLASSES", "5"], data))
 
 
 @pytest.mark.parametrize("kind", ["file_name", "pan_seg_file_name"])

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 from pathlib import Path
 
 import programs
@@ -110,3 +111,34 @@ def test_training_takes_our_arguments_before_and_after_options(train_net, after)
 def test_training_program_reports_a_bad_option(train_net):
     with pytest.raises(UserError, match=r"no option SOLVER\.BASELR - did you mean SOLVER\.BASE_LR\?"):
         train_net.main(["--config-file", "coco/r50", "SOLVER.BASELR", "1"])
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "status"),
+    [
+        ("UserError('no file x')", "error: no file x\n", 1),
+        ("KeyboardInterrupt", "\ninterrupted\n", -signal.SIGINT),
+        ("OSError(36, 'File name too long', 'x')", "error: File name too long: 'x'\n", 1),
+        ("PermissionError(13, 'Permission denied', 'x')", "error: Permission denied: 'x'\n", 1),
+        ("BrokenPipeError(32, 'Broken pipe')", "", 1),
+        ("MemoryError", "error: not enough memory (MemoryError): use a smaller image, batch, or model\n", 1),
+        (
+            "RuntimeError('DefaultCPUAllocator: no')",
+            "error: not enough memory (DefaultCPUAllocator: no): ",
+            1,
+        ),
+        # As they arrive from another process.
+        (
+            "RuntimeError('Traceback (most recent call last):\\n  x\\nkmax_d2.errors.UserError: no: x')",
+            "error: no: x\n",
+            1,
+        ),
+        ("RuntimeError('Traceback (most recent call last):\\n  x\\nOSError: [Errno 5] I/O')", "error: I/O\n", 1),
+        ("ValueError('of a programmer')", "Traceback (most recent call last)", 1),
+    ],
+)
+def test_what_the_user_sees_of_an_error(error, line, status):
+    code = f"PARSES_FIRST = True\nfrom kmax_d2.errors import UserError, report_errors\nreport_errors()\nraise {error}"
+    done = run("-c", code)
+    assert done.returncode == status
+    assert done.stderr.startswith(line) if line else not done.stderr

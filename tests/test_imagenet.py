@@ -173,7 +173,7 @@ def test_other_weights_are_not_imagenets():
 def hub(tmp_path, monkeypatch):
     """An empty Hugging Face cache and no network; gives the folder of TIMM_NAME's cached files."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     return tmp_path / "hub" / f"models--timm--{TIMM_NAME}"
 
 

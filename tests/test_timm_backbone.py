@@ -100,7 +100,7 @@ def test_a_map_that_only_some_models_have():
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch):
     """timm's download cache, empty, without a network."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     return tmp_path
 

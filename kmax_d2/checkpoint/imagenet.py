@@ -32,6 +32,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import get_pretrained_cfg, is_model_pretrained
 
 from ..errors import UserError, did_you_mean
+from ..hugging_face import quick_hugging_face
 from ..modeling.layers import BN_EPS
 from .rules import Rule, rename
 
@@ -135,7 +136,8 @@ def load_timm(name: str, pixel_mean: torch.Tensor, pixel_std: torch.Tensor) -> d
         raise UserError(f"timm has no pretrained weights {name}{did_you_mean(name, list_pretrained())}")
     pretrained: Any = get_pretrained_cfg(name)
     try:
-        file = hf_hub_download(pretrained.hf_hub_id, "model.safetensors")
+        with quick_hugging_face():
+            file = hf_hub_download(pretrained.hf_hub_id, "model.safetensors")
     except (OSError, HfHubHTTPError) as error:
         raise UserError(
             f"cannot download timm://{name} ({' '.join(str(error).split())}): run again with a network, or copy "

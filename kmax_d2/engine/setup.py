@@ -89,7 +89,10 @@ def ready_config(file: str, options: Sequence = (), overrides: Sequence = ()) ->
         UserError: the config, an option, or a dataset is wrong.
     """
     cfg = load_config(file, options, overrides)
+    wanted = cfg.MODEL.KMAX.NUM_CLASSES if "MODEL.KMAX.NUM_CLASSES" in options else 0
     prepare_datasets(cfg)
+    if wanted not in (0, cfg.MODEL.KMAX.NUM_CLASSES):  # which own data replace, if it is a config's
+        raise UserError(f"MODEL.KMAX.NUM_CLASSES is {wanted}, but your data have {cfg.MODEL.KMAX.NUM_CLASSES} classes")
     choose_device(cfg)
     cfg.freeze()
     return cfg

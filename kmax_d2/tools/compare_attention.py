@@ -80,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = PARSER.parse(argv)
     if args.seeds < 1:
         raise UserError(f"--seeds must be at least 1, not {args.seeds}")
-    output = make_folder(Path(args.output))
+    output = Path(args.output)
+    make_config("KMeansCrossAttention", 1, output, args.opts)  # fails before anything is written
+    make_folder(output)
     quiet_log(str(output))
     curves: dict[str, list[dict[int, float]]] = {label: [] for label in ATTENTIONS.values()}
     # Seed by seed, so that an interrupted comparison has complete pairs.

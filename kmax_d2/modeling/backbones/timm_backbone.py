@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 
@@ -16,6 +17,7 @@ from timm.layers import Format, convert_sync_batchnorm
 from torch import nn
 
 from ...errors import UserError, did_you_mean
+from ...hugging_face import quick_hugging_face
 
 STAGES = {2: "stage1", 4: "stage2", 8: "stage3", 16: "stage4", 32: "stage5"}  # by output stride
 MULTIPLES = (1, 32, 64, 224, 256)  # that sides are padded to: none, patches, windows of 2, 7 or 8 positions at OS 32
@@ -129,10 +131,11 @@ def _create(name: str, pretrained: bool) -> nn.Module:
         raise UserError(f"MODEL.KMAX.TIMM.NAME: timm has no model {name}{did_you_mean(name, timm.list_models())}")
     create = functools.partial(timm.create_model, name, pretrained=pretrained, features_only=True)
     try:
-        try:
-            return create(strict_img_size=False)  # windowed attention at any size
-        except TypeError:  # no such argument
-            return create()
+        with quick_hugging_face() if pretrained else contextlib.nullcontext():
+            try:
+                return create(strict_img_size=False)  # windowed attention at any size
+            except TypeError:  # no such argument
+                return create()
     except OSError as error:
         raise UserError(
             f"timm's weights of {name} cannot be downloaded: set MODEL.KMAX.TIMM.PRETRAINED False, or run again where "
