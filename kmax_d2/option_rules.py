@@ -25,8 +25,8 @@ class Rule(NamedTuple):
 
 def number(low: float, high: float = math.inf, *, above: bool = False, whole: bool = False) -> Rule:
     """Returns the rule of a finite number from `low`, or `above` it, to `high`."""
-    wanted = f"a {'whole ' * whole}number {'above' if above else 'from'} {low:.10g}"
-    wanted += f" to {high:.10g}" if high < math.inf else "" if above else " on"
+    start = "above" if above else "from" if high < math.inf else "of at least"
+    wanted = f"a {'whole ' * whole}number {start} {low:.10g}" + (f" to {high:.10g}" if high < math.inf else "")
 
     def holds(value: Any) -> bool:
         fits = type(value) is int or (type(value) is float and not whole and math.isfinite(value))

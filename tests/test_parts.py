@@ -80,7 +80,7 @@ def test_part_of_an_unknown_name(option, name, near):
         ("MODEL.KMAX.NUM_CLASSES", 0, "MODEL.KMAX.NUM_CLASSES is not set"),
         ("DATASETS.TEST", ("kmax_d2_tests_no_such_data",), "no dataset kmax_d2_tests_no_such_data "),
         ("DATASETS.TRAIN", ("kmax_d2_tests_no_such_data",), "no dataset kmax_d2_tests_no_such_data "),
-        ("MODEL.KMAX.TRANSFORMER_DECODER.TRAINING_QUERIES", -1, "is -1, but must be a whole number from 0 on"),
+        ("MODEL.KMAX.TRANSFORMER_DECODER.TRAINING_QUERIES", -1, "is -1, but must be a whole number of at least 0"),
         ("MODEL.KMAX.TRANSFORMER_DECODER.TRAINING_QUERIES", QUERIES + 1, f"{QUERIES + 1} of {QUERIES} queries"),
         ("MODEL.KMAX.TRANSFORMER_DECODER.TRAINING_QUERIES", 1, f"1 of {QUERIES} queries"),
         ("MODEL.KMAX.TRANSFORMER_DECODER.NUM_QUERIES", 1, "NUM_QUERIES is 1, but must be at least 2"),
