@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..command_line import ConfigParser, run_program
 
-PARSER = ConfigParser(__doc__, config_file=False, options="--opts")
+PARSER = ConfigParser(__doc__, config_file=False, overwrite=True, options="--opts")
 PARSER.add_argument("names", nargs="*", metavar="NAME", help="registered datasets")
 PARSER.add_argument("--images", metavar="DIR", help="image folder of data in COCO panoptic format")
 PARSER.add_argument("--panoptic", metavar="DIR", help="folder of its PNGs")
@@ -23,7 +23,6 @@ PARSER.add_argument("--output", default="output/check_dataset", metavar="DIR", h
 PARSER.add_argument("--samples", type=int, default=12, metavar="N", help="samples on the page (%(default)s)")
 PARSER.add_argument("--seed", type=int, default=0, metavar="N", help="for choosing them (%(default)s)")
 PARSER.add_argument("--examples", type=int, default=5, metavar="N", help="shown of each fault (%(default)s)")
-PARSER.add_argument("--overwrite", action="store_true", help="also over a page that is not from here")
 PARSER.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one per core)")
 
 if __name__ == "__main__":
