@@ -119,7 +119,7 @@ def test_the_classes_of_mapillary_vistas_are_those_of_its_json(tmp_path):
             (pngs / {"1.2": "panoptic_2018.json", "2.0": "panoptic_2020.json"}[version]).write_text(json.dumps(content))
         cfg = load_config(config)
         prepare_datasets(cfg)
-        assert cfg.MODEL.KMAX.NUM_CLASSES == count and thing_mask(cfg)[:3] == [True, False, True]
+        assert count == cfg.MODEL.KMAX.NUM_CLASSES and thing_mask(cfg)[:3] == [True, False, True]
         (record,) = DatasetCatalog.get(cfg.DATASETS.TEST[0])
         assert record["segments_info"][0] == {"id": 1, "category_id": 1, "isthing": False}
         assert MetadataCatalog.get(cfg.DATASETS.TEST[0]).stuff_colors[0] == [128, 0, 0]

@@ -130,14 +130,16 @@ def draw_all(item: Item, size: tuple[int, int], names: set[str]) -> tuple[list[S
     for where, draw_object in item.objects:
         try:
             drawn = draw_object(size)
-            for shape in drawn:
-                if shape.name not in names:
-                    raise UserError(f"no class {shape.name}")
-                if not shape.mask.any():
-                    raise UserError("no pixel of it is inside the image")
-            shapes += drawn
         except BAD as error:
             faults.append(f"{where}: {reason(error)}")
+            continue
+        for shape in drawn:
+            if shape.name not in names:
+                faults.append(f"{where}: there is no class {shape.name}")
+            elif not shape.mask.any():
+                faults.append(f"{where}: no pixel of it is inside the image")
+            else:
+                shapes.append(shape)
     return shapes, faults
 
 
@@ -157,39 +159,42 @@ def segments_of(
     return ids, segments
 
 
-def write_split(name: str, items: list[Item], categories: list[dict], args: argparse.Namespace) -> list[str]:
-    """Converts the images of a split and writes its JSON, unless labels are bad; returns the faults."""
-    root = Path(os.path.commonpath([item.image.parent for item in items]))
-    target = Path(args.output) / (f"panoptic_{name}" if name else "panoptic")
+def convert_split(
+    root: Path, target: Path, items: list[Item], categories: list[dict], args: argparse.Namespace
+) -> tuple[list[dict], list[str]]:
+    """Converts the images of a split, which are below `root`; returns the JSON's entries and the faults."""
     counts = Counter(item.image.with_suffix("") for item in items)
-    twice = [f"{image}: several images, or labels of one image, of this name" for image, n in counts.items() if n > 1]
+    twice = [image for image, count in counts.items() if count > 1]
     if twice:
-        return twice
+        raise UserError(f"{twice[0]}: several images of this name, or labels of it, in one split")
     convert_item = partial(
         convert, root=root, target=target, categories=categories, void=args.void, skip=args.skip_broken
     )
     entries = parallel_map(convert_item, items, target.name, args.workers)
-    faults = [fault for entry in entries for fault in entry["faults"]]
+    without = sum("image" in entry and not entry["faults"] and "annotation" not in entry for entry in entries)
+    if without:
+        print(f"{without} images without labels are left out")
     used = [entry for entry in entries if "annotation" in entry]
-    if faults and not args.skip_broken:
-        return faults
+    return used, [fault for entry in entries for fault in entry["faults"]]
+
+
+def write_split(root: Path, target: Path, used: list[dict], categories: list[dict]) -> None:
+    """Writes a split's JSON, and prints the option that trains or tests with it."""
     if not used:
-        raise UserError(f"no image of {args.source} has a usable label")
+        raise UserError(f"no image below {root} has a usable label")
     for number, entry in enumerate(used, start=1):
         entry["image"]["id"] = entry["annotation"]["image_id"] = number
     panoptic_png.write_json(target.with_suffix(".json"), used, categories)
-    without = sum("image" in entry and "annotation" not in entry for entry in entries)
-    if without:
-        print(f"{without} images without labels are left out")
-    option = "--test-data" if name in ("val", "test") else "--train-data"
+    option = "--test-data" if target.name.endswith(("_val", "_test")) else "--train-data"
     print(f"  {option} {root} {target} {target.with_suffix('.json')}")
-    return faults
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command line; None takes that of the process."""
     args = PARSER.parse(argv)
     images, classes = (Path(name) if name else None for name in (args.images, args.classes))
+    if Path(args.source).resolve() in Path(args.output).resolve().parents:
+        raise UserError("--output is inside of SOURCE: choose another folder")
     format_, read = labels.find_format(Path(args.source))
     found = read(images, classes)
     if args.stuff:
@@ -200,16 +205,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     for item in found.items:
         item.image = Path(os.path.abspath(item.image))
     splits = split_items(found.items, args.val, args.seed)
-    own_folder(Path(args.output))
-    faults = found.faults
+    output = own_folder(Path(args.output))
+    faults, converted = found.faults, []
     for name, items in splits.items():
-        faults += write_split(name, items, categories, args)
+        root = Path(os.path.commonpath([item.image.parent for item in items]))
+        target = output / (f"panoptic_{name}" if name else "panoptic")
+        used, more = convert_split(root, target, items, categories, args)
+        converted.append((root, target, used))
+        faults += more
     for fault in faults:
         print(f"bad label: {' '.join(fault.split())}")
     if faults and not args.skip_broken:
         raise UserError(f"{len(faults)} labels are bad: mend them, or leave them out with --skip-broken")
     if not splits:
         raise UserError(f"{args.source} has no images")
+    for root, target, used in converted:
+        write_split(root, target, used, categories)
 
 
 if __name__ == "__main__":

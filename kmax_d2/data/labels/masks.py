@@ -59,7 +59,7 @@ def _require_size(values: np.ndarray, size: Size) -> None:
 def draw(file: Path, names: Mapping[int, str | None], under: bool, size: Size) -> list[Shape]:
     """Draws the classes and instances of a PNG; 16-bit values below BASE are groups of instances, or stuff.
 
-    A class of the name None is left out.
+    A class of the name None is left out; one without a name gets one that no class has.
     """
     values = read_values(file)
     _require_size(values, size)
@@ -67,11 +67,9 @@ def draw(file: Path, names: Mapping[int, str | None], under: bool, size: Size) -
     for segment in describe(values):
         value, (left, top, width, height) = segment["id"], segment["bbox"]
         class_ = value if value < BASE else value // BASE
-        if class_ not in names:
-            if value in VOID:
-                continue
-            raise UserError(f"the value {value} is none of the classes")
-        if name := names[class_]:
+        if class_ not in names and value in VOID:
+            continue
+        if name := names.get(class_, f"of the value {value}"):
             mask, group = values[top : top + height, left : left + width] == value, value < BASE
             shapes.append(Shape(name, left, top, mask, group and values.dtype != np.uint8, group, under))
     return shapes
@@ -87,12 +85,10 @@ def draw_voc(file: Path, names: dict[int, str], size: Size) -> list[Shape]:
     shapes = []
     for segment in describe(np.where(void, 0, classes * BASE + objects)):
         value, (left, top, width, height) = segment["id"], segment["bbox"]
-        if value and value // BASE not in names:
-            raise UserError(f"the value {value // BASE} is none of the classes")
-        window = slice(top, top + height), slice(left, left + width)
         if value:
+            window = slice(top, top + height), slice(left, left + width)
             mask = (classes[window] == value // BASE) & (objects[window] == value % BASE)
-            shapes.append(Shape(names[value // BASE], left, top, mask))
+            shapes.append(Shape(names.get(value // BASE, f"of the value {value // BASE}"), left, top, mask))
     return shapes
 
 
