@@ -36,6 +36,14 @@ def require_evaluation(cfg: CfgNode, dataset_name: str) -> None:
         require_cityscapesscripts()
 
 
+def evaluated_dataset(cfg: CfgNode) -> str:
+    """Returns the name of a config's test dataset, the first of several. Raises UserError if it has no ground truth."""
+    name = next(iter(cfg.DATASETS.TEST), None)
+    if name is None or MetadataCatalog.get(name).get("panoptic_json") is None:
+        raise UserError(f"{name or 'the config'} has no ground truth: set DATASETS.TEST, or use --test-data")
+    return name
+
+
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> FiledEvaluators:
     """Builds the evaluators of the results that the config asks for, all from one forward pass.
 
