@@ -112,7 +112,7 @@ def bootstrap_difference(first: np.ndarray, second: np.ndarray, rounds: int = 10
     def qualities(counts: np.ndarray) -> np.ndarray:
         iou, hits, invented, missed = np.moveaxis((draws @ counts.reshape(images, -1)).reshape(rounds, -1, 4), 2, 0)
         total = hits + (invented + missed) / 2
-        quality = np.divide(iou, total, out=np.full_like(iou, np.nan), where=total > 0)
+        quality = np.divide(iou, total, out=np.full(iou.shape, np.nan), where=total > 0)
         return np.column_stack([quality, np.nanmean(quality, axis=1)])
 
     with warnings.catch_warnings():

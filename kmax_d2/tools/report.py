@@ -14,14 +14,11 @@ from pathlib import Path
 
 from ..command_line import ConfigParser, run_program
 
-PARSER = ConfigParser(__doc__, weights=True, overwrite=True)
+PARSER = ConfigParser(__doc__, weights=True, data=True, overwrite=True)
 PARSER.add_argument("--output", required=True, type=Path, metavar="DIR", help="for report.html")
 PARSER.add_argument("--compare", metavar="FILE", help="weights of a second model")
 PARSER.add_argument("--compare-config", metavar="FILE", help="its config, unless it is the same")
 PARSER.add_argument("--pictures", type=int, default=20, metavar="N", help="of images and of errors (%(default)s)")
-PARSER.add_argument(
-    "--test-data", nargs=3, metavar=("IMAGES", "PNGS", "JSON"), help="your own data in COCO panoptic format"
-)
 
 if __name__ == "__main__":
     PARSER.parse()  # answers --help and mistakes before the slow imports
@@ -30,15 +27,13 @@ import heapq
 
 import cv2
 import numpy as np
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from tqdm import tqdm
 
-from ..data import PanopticTestMapper, panoptic_png
+from ..data import panoptic_png
 from ..data.mapper import read_image
-from ..engine import Trainer, load_predictor, ready_config
-from ..engine.setup import PANOPTIC_ONLY
+from ..engine import Trainer
 from ..errors import UserError
 from ..evaluation import evaluated_dataset
 from ..evaluation.analysis import errors_of, image_quality, pair_image
@@ -47,39 +42,31 @@ from ..evaluation.panoptic_quality import Pair
 from ..evaluation.pool import EvaluationPool
 from ..evaluation.report_page import Picture, Study, report_page
 from ..files import require_own, whole_file
-from ..speed import use_precision
+from ..inference.predictor import Predictor, predictor_config
 from ..visualization import draw_panoptic
 
 SIDE = 384  # pixels of the short side of a picture, at which labels are readable
 OUTLINE = (255, 0, 255)
 
 
-class Model:
-    """A model, and what it predicts for the images of a dataset."""
-
-    def __init__(self, cfg: CfgNode):
-        self.cfg = cfg
-        self.network = load_predictor(cfg)
-        self.mapper = PanopticTestMapper(cfg)
-
-    def predict(self, inputs: dict) -> tuple[np.ndarray, list[dict]]:
-        """Returns segment ids (H, W), 0 for void, and the segments with contiguous classes."""
-        with use_precision(self.cfg.MODEL.KMAX.TEST.PRECISION, self.cfg.MODEL.DEVICE), torch.no_grad():
-            ids, segments = self.network([inputs])[0]["panoptic_seg"]
-        return compact(ids, len(segments)), segments
-
-    def pair_all(self, dataset: str) -> list[list[Pair]]:
-        """Predicts all images of a dataset, one after the other, and returns the paired segments of each."""
-        images: list[list[Pair]] = []
-        pool = EvaluationPool(images.append)
-        for (record,) in tqdm(Trainer.build_test_loader(self.cfg, dataset), "predicting", unit="image"):
-            ids, segments = self.predict(record)
-            pool.submit(pair_image, ids, segments, {k: record[k] for k in ("pan_seg_file_name", "segments_info")})
-        pool.finish()
-        return images
+def pair_all(predict: Predictor, dataset: str) -> list[list[Pair]]:
+    """Predicts the images of a dataset, one after the other, and returns the paired segments of each."""
+    images: list[list[Pair]] = []
+    pool = EvaluationPool(images.append)
+    for (record,) in tqdm(Trainer.build_test_loader(predict.cfg, dataset), "predicting", unit="image"):
+        ids, segments = predict_segments(predict, record)
+        pool.submit(pair_image, ids, segments, {key: record[key] for key in ("pan_seg_file_name", "segments_info")})
+    pool.finish()
+    return images
 
 
-def draw(record: dict, dataset: str, models: Sequence[Model], error: Pair | None = None) -> list[np.ndarray]:
+def predict_segments(predict: Predictor, inputs: dict) -> tuple[np.ndarray, list[dict]]:
+    """Returns segment ids (H, W), 0 for void, and the segments with contiguous classes."""
+    ids, segments = predict.segment([inputs])[0]["panoptic_seg"]
+    return compact(ids, max((segment["id"] for segment in segments), default=0)), segments
+
+
+def draw(record: dict, dataset: str, models: Sequence[Predictor], error: Pair | None = None) -> list[np.ndarray]:
     """Draws the image, the truth, and the predictions, each (H, W, 3) uint8, with an outline of an error's segment."""
     metadata, image = MetadataCatalog.get(dataset), read_image(record)
     scale = min(1, SIDE / min(image.shape[:2]))
@@ -88,7 +75,7 @@ def draw(record: dict, dataset: str, models: Sequence[Model], error: Pair | None
     things = set(metadata.thing_dataset_id_to_contiguous_id.values())
     truth = [s | {"isthing": s["category_id"] in things} for s in record["segments_info"] if not s.get("iscrowd")]
     maps = [(panoptic_png.read(record["pan_seg_file_name"]), truth)]
-    maps += [model.predict(model.mapper(record)) for model in models]
+    maps += [predict_segments(model, model.mapper(record)) for model in models]
     resized = [cv2.resize(ids.astype(np.int32), size, interpolation=cv2.INTER_NEAREST) for ids, _ in maps]
     pictures = [small]
     for ids, (_, segments) in zip(resized, maps, strict=True):
@@ -106,11 +93,10 @@ def configs(args: argparse.Namespace) -> list[CfgNode]:
     """Returns the configs of one or two models. Raises UserError if they have different datasets."""
     if args.compare_config and not args.compare:
         raise UserError("--compare-config needs --compare, the weights of the second model")
-    always = [*PANOPTIC_ONLY, *(("DATASETS.OWN_TEST", args.test_data) if args.test_data else ())]
-    found = [ready_config(args.config_file, args.opts, always)]
+    found = [predictor_config(args.config_file, args.opts)]
     if args.compare:
         second = args.compare_config or args.config_file
-        found.append(ready_config(second, args.opts, [*always, "MODEL.WEIGHTS", args.compare]))
+        found.append(predictor_config(second, [*args.opts, "MODEL.WEIGHTS", args.compare]))
         if len({evaluated_dataset(cfg) for cfg in found}) > 1:
             raise UserError(f"{args.config_file} and {second} have different test datasets")
     return found
@@ -131,9 +117,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_own([file], args.overwrite)
     cfgs = configs(args)
     dataset = evaluated_dataset(cfgs[0])
+    models = [Predictor(cfg) for cfg in cfgs]
+    studies = [Study(model.cfg.MODEL.WEIGHTS, pair_all(model, dataset)) for model in models]
     records, names = DatasetCatalog.get(dataset), MetadataCatalog.get(dataset).stuff_classes
-    models = [Model(cfg) for cfg in cfgs]
-    studies = [Study(model.cfg.MODEL.WEIGHTS, model.pair_all(dataset)) for model in models]
     qualities = [image_quality(pairs) for pairs in studies[0].images]
     worst = heapq.nsmallest(args.pictures, range(len(records)), key=qualities.__getitem__)
     errors = [(index, error) for index, pairs in enumerate(studies[0].images) for error in errors_of(pairs)]

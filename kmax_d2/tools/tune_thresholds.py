@@ -1,6 +1,6 @@
 """Finds the merging thresholds with the best panoptic quality on a validation set.
 
-python -m kmax_d2.tools.tune_thresholds --config-file FILE [--weights FILE] [NAME VALUE ...]
+python -m kmax_d2.tools.tune_thresholds --config-file FILE [--weights FILE] [--test-data ...] [NAME VALUE ...]
 
 The network runs once. What merging and evaluation need of each image then fits in some ten kilobytes of memory, so that
 hundreds of settings are tried in minutes, one option after the other, until no single change helps. The result is the
@@ -13,32 +13,27 @@ from collections.abc import Sequence
 
 from ..command_line import ConfigParser, run_program
 
-PARSER = ConfigParser(__doc__, weights=True)
-PARSER.add_argument(
-    "--test-data", nargs=3, metavar=("IMAGES", "PNGS", "JSON"), help="your own data in COCO panoptic format"
-)
+PARSER = ConfigParser(__doc__, weights=True, data=True)
 
 if __name__ == "__main__":
     PARSER.parse()  # answers --help and mistakes before the slow imports
 
 import dataclasses
 from collections import defaultdict
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
 from tabulate import tabulate
 from tqdm import tqdm
 
 from ..data import panoptic_png
-from ..engine import Trainer, load_predictor, ready_config
-from ..engine.setup import PANOPTIC_ONLY
+from ..engine import Trainer
 from ..evaluation import evaluated_dataset
 from ..evaluation.panoptic_quality import count_pairs, pair_segments, panoptic_quality
+from ..inference.predictor import Predictor, predictor_config
 from ..modeling.merging import MaskWiseMerging, Segmentation
 from ..modeling.postprocess import resize_nearest
-from ..speed import use_precision
 
 SHARES = [round(0.05 * step, 2) for step in range(1, 20)]
 AREAS = [side**2 for side in (0, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128)]
@@ -106,15 +101,15 @@ class RecordingMerging(MaskWiseMerging):
         return CachedImage(numbers, len(used), np.stack(masks), of_kind, pixels, true_ids, record["segments_info"])
 
 
-def cache(cfg: CfgNode, name: str) -> tuple[RecordingMerging, list[CachedImage]]:
-    """Runs the network on a dataset; returns the config's merging and what it needs of each image."""
-    model = load_predictor(cfg)
-    merging = model.postprocessor.merging = cast(RecordingMerging, RecordingMerging.from_config(cfg))
+def cache(predict: Predictor, dataset: str) -> tuple[RecordingMerging, list[CachedImage]]:
+    """Runs the network on a dataset; returns its merging and what that needs of each image."""
+    cfg = predict.cfg
+    merging: Any = RecordingMerging.from_config(cfg)
+    predict.model.postprocessor.merging = merging
     images = []
-    for (record,) in tqdm(Trainer.build_test_loader(cfg, name), "predicting", unit="image"):
+    for (record,) in tqdm(Trainer.build_test_loader(cfg, dataset), "predicting", unit="image"):
         size = record["height"], record["width"]
-        with use_precision(cfg.MODEL.KMAX.TEST.PRECISION, cfg.MODEL.DEVICE), torch.no_grad():
-            model([record])
+        predict.segment([record])
         images.append(merging.cached(record, record["image"].shape[-2:] if cfg.MODEL.KMAX.TEST.MERGE_AT_CROP else size))
     return merging, images
 
@@ -154,10 +149,9 @@ def tune(
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command line; None takes that of the process."""
     args = PARSER.parse(argv)
-    own = ("DATASETS.OWN_TEST", args.test_data) if args.test_data else ()
-    cfg = ready_config(args.config_file, args.opts, [*own, *PANOPTIC_ONLY])
+    cfg = predictor_config(args.config_file, args.opts)
     name = evaluated_dataset(cfg)
-    merging, images = cache(cfg, name)
+    merging, images = cache(Predictor(cfg), name)
     arrays = [image.numbers.numpy() for image in images] + [x for image in images for x in image[2:6]]
     print(f"{len(images)} images of {name} in {sum(array.nbytes for array in arrays) / 2**20:.1f} MB of memory")
     at_crop = cfg.MODEL.KMAX.TEST.MERGE_AT_CROP  # else there are no area limits
