@@ -36,7 +36,8 @@ def add_kmax_config(cfg: CfgNode) -> None:
     cfg.SOLVER.WARMUP_ITERS = 5000  # iterations in which the learning rate rises linearly from 0
     cfg.SOLVER.AMP.PRECISION = "bfloat16"  # or "float16"; used only if SOLVER.AMP.ENABLED
     cfg.SOLVER.ACCUMULATE = 1  # parts of a step's IMS_PER_BATCH images that go through the model one after another
-    cfg.SOLVER.FREEZE = []  # parts that do not learn: "backbone", "pixel_decoder", "transformer_decoder", "semantic_head"
+    # Parts that do not learn, of "backbone", "pixel_decoder", "transformer_decoder", and "semantic_head".
+    cfg.SOLVER.FREEZE = []
     cfg.SOLVER.LAYER_DECAY = 1.0  # "KMaXViT": factor on the learning rate from each block to the one before it
     cfg.SOLVER.BEST_METRIC = "panoptic_seg/PQ"  # model_best.pth has the weights of its highest value; "" saves none
     cfg.SOLVER.PATIENCE = 0  # evaluations in a row without a better BEST_METRIC that end the training; 0 for no limit

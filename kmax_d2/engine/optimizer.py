@@ -1,4 +1,4 @@
-"""What learns and how fast: AdamW with weight decay on kernels only, and a polynomial learning rate schedule with linear warmup."""
+"""What learns and how fast: AdamW with weight decay on kernels only, linear warmup, and polynomial decay."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Builds AdamW with the options of SOLVER.
 
     The backbone's learning rate, and with it its effective decay, is multiplied by SOLVER.BACKBONE_MULTIPLIER, and in a
-    backbone with `layers_above` by SOLVER.LAYER_DECAY for each layer that is above. Its new parts learn as the decoders.
+    KMaXViT by SOLVER.LAYER_DECAY for each layer above. The pyramid of that learns as the decoders do.
     """
     solver = cfg.SOLVER
     layers_above = getattr(getattr(model, "backbone", None), "layers_above", None)

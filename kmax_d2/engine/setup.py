@@ -118,11 +118,12 @@ def scale_schedule(cfg: CfgNode, batch: int) -> CfgNode:
         raise UserError(f"--scale-schedule is {batch}, but must be the images of a step, at least 1")
     cfg = cfg.clone()
     cfg.defrost()
-    solver, processes = cfg.SOLVER, cfg.SOLVER.REFERENCE_WORLD_SIZE
+    solver = cfg.SOLVER
+    kept = {name: solver[name] for name in ("REFERENCE_WORLD_SIZE", "STEPS")}
     solver.EMA.DECAY **= batch / solver.IMS_PER_BATCH
     solver.REFERENCE_WORLD_SIZE = solver.IMS_PER_BATCH  # as if each image had a process
     cfg = DefaultTrainer.auto_scale_workers(cfg, batch)
-    cfg.SOLVER.REFERENCE_WORLD_SIZE = processes
+    cfg.SOLVER.update(kept)
     check(cfg)
     cfg.freeze()
     return cfg

@@ -49,12 +49,11 @@ class TrainLoop(SimpleTrainer):
         self.optimizer.zero_grad()  # before the forward pass, so that old gradients do not add to its peak memory
         losses: dict[str, torch.Tensor] = {}
         seed_by(self.seed, self.iter, comm.get_rank())
-        for part in self._split(batch):
-            is_last = part[-1] is batch[-1]
-            distributed = isinstance(self.model, nn.parallel.DistributedDataParallel)
-            with self.model.no_sync() if distributed and not is_last else contextlib.nullcontext():
+        for number, part in enumerate(self._split(batch), start=1):
+            waits = number < self.parts and isinstance(self.model, nn.parallel.DistributedDataParallel)
+            with self.model.no_sync() if waits else contextlib.nullcontext():
                 terms = {name: loss / self.parts for name, loss in self._forward(part).items()}
-                self.grad_scaler.scale(sum(terms.values())).backward()
+                self.grad_scaler.scale(torch.stack(list(terms.values())).sum()).backward()
             losses = {name: losses.get(name, 0) + loss.detach() for name, loss in terms.items()}
         self._check(losses, batch)
         self._write_metrics(losses, data_time)

@@ -62,12 +62,12 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
+        check(cfg)  # it may come from elsewhere than load_config
         cfg = cfg.clone()
         cfg.defrost()
         if cfg.SEED < 0:
             cfg.SEED = comm.shared_random_seed()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
-        check(cfg)  # which may come from elsewhere than load_config
         model = self.build_model(cfg)
         self._freeze = Freeze(model, cfg.SOLVER.FREEZE)
         self.average = WeightAverage(model, cfg) if cfg.SOLVER.EMA.ENABLED else None

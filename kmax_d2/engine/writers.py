@@ -43,8 +43,8 @@ class Progress(EventWriter):
         logger.info(
             f"iteration {storage.iter + 1} of {self.max_iter}: "
             + ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-            + f"; lr {histories['lr'].latest():.3g}; {self.batch / seconds:.3g} images/s, {timedelta(seconds=int(left))}"
-            f" left, {peak_memory():.1f} GB"
+            + f"; lr {histories['lr'].latest():.3g}; {self.batch / seconds:.3g} images/s, "
+            f"{timedelta(seconds=int(left))} left, {peak_memory():.1f} GB"
         )
 
 

@@ -24,7 +24,11 @@ class TimmViT(Backbone):
 
     def __init__(self, name: str, pretrained: bool):
         super().__init__()
-        vit = create_timm(name, pretrained, num_classes=0, global_pool="", patch_size=PATCH, dynamic_img_size=True)
+        options = {"num_classes": 0, "global_pool": "", "patch_size": PATCH, "dynamic_img_size": True}
+        try:
+            vit = create_timm(name, pretrained, **options)
+        except TypeError as error:  # no such argument
+            raise UserError(f"MODEL.KMAX.TIMM.NAME {name} is no vision transformer: take KMaXTimm for it") from error
         self.scaling = InputScaling(vit.pretrained_cfg)
         self.vit = vit
         self._out_features = ["last"]
