@@ -100,7 +100,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(o
     with pytest.raises(UserError, match=r"iteration 1: loss_pq_class = .*images: .*\.jpg.* Try ") as failure:
         trainer.train()
     assert "loss_mask_id" not in str(failure.value)
-    assert "not finite is that of transformer_decoder.predictor (Predictor)" in str(failure.value)
+    assert "not finite is that of transformer_decoder.predictor.class_head (Linear); images" in str(failure.value)
     assert torch.equal(trainer.model.backbone.stem.conv.weight, weight)
     again = torch.load(tmp_path / "model_final.pth", map_location="cpu", weights_only=True)["model"]
     assert all(torch.equal(kept[name], again[name]) for name in kept)

@@ -105,7 +105,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     own = {"DATASETS.OWN_TRAIN": args.train_data, "DATASETS.OWN_TEST": args.test_data}
     overrides = [part for name, files in own.items() if files for part in (name, files)]
     cfg = ready_config(args.config_file, args.opts, overrides)
-    return scale_schedule(cfg, args.scale_schedule) if getattr(args, "scale_schedule", None) else cfg
+    batch = getattr(args, "scale_schedule", None)
+    return cfg if batch is None else scale_schedule(cfg, batch)
 
 
 def scale_schedule(cfg: CfgNode, batch: int) -> CfgNode:
