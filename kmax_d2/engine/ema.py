@@ -11,6 +11,7 @@ from detectron2.utils import comm
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from ..checkpoint.origin import describe_model
 from ..files import whole_file
 
 FILE = "model_final_ema.pth"
@@ -38,6 +39,7 @@ class WeightAverage(HookBase):
         options = cfg.SOLVER.EMA
         self._ema = ModelEmaV3(model, decay=options.DECAY, use_warmup=options.WARMUP)
         self._file = Path(cfg.OUTPUT_DIR) / FILE
+        self._origin = describe_model(cfg)
         self._restored = False
         self.model: nn.Module = self._ema.module.requires_grad_(False)
 
@@ -57,7 +59,7 @@ class WeightAverage(HookBase):
         """Writes the average as a checkpoint, in the main process."""
         if comm.is_main_process():
             with whole_file(self._file) as unfinished:
-                torch.save({"model": self.model.state_dict()}, unfinished)
+                torch.save({"model": self.model.state_dict()} | self._origin, unfinished)
 
     def state_dict(self) -> dict:
         """Returns the averaged weights, which Detectron2 stores in checkpoints."""

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..checkpoint import load_weights
 from ..checkpoint.download import download, is_address
+from ..checkpoint.origin import merge_checkpoint
 from ..data.datasets import coco_panoptic
 from ..errors import UserError, did_you_mean
 from ..options import check, default_config, merge_file, merge_pairs, set_test_size
@@ -28,12 +29,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
 SPLITS = ("TRAIN", "TEST")
-# Demo and pseudo-labels need nothing else.
-PANOPTIC_ONLY = (
-    *("MODEL.KMAX.TEST.PANOPTIC_ON", True),
-    *("MODEL.KMAX.TEST.SEMANTIC_ON", False),
-    *("MODEL.KMAX.TEST.INSTANCE_ON", False),
-)
+CHECKPOINT = ".pth"  # ending of a checkpoint in place of a config
 
 
 def config_file(name: str) -> Path:
@@ -60,7 +56,7 @@ def load_config(file: str, options: Sequence = (), overrides: Sequence = ()) -> 
     """Reads a config as it is written; :func:`ready_config` also prepares it for use.
 
     Args:
-        file: a config file or name; an empty string for the defaults.
+        file: a config file or name; a checkpoint of ours, which has its config; an empty string for the defaults.
         options: (name, value, name, value, ...), which take precedence over the file.
         overrides: the same, which take precedence over both.
 
@@ -68,7 +64,9 @@ def load_config(file: str, options: Sequence = (), overrides: Sequence = ()) -> 
         UserError: the file is missing or broken, an option does not exist or is not read, or a value does not fit.
     """
     cfg = default_config()
-    if file:
+    if file.endswith(CHECKPOINT):
+        merge_checkpoint(cfg, file)
+    elif file:
         merge_file(cfg, config_file(file))
     merge_pairs(cfg, options)
     merge_pairs(cfg, overrides)

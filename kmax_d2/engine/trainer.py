@@ -26,6 +26,7 @@ from torch import nn
 
 from ..checkpoint import KMaXCheckpointer
 from ..checkpoint.download import is_address
+from ..checkpoint.origin import describe_model
 from ..data import (
     MAPPER_REGISTRY,
     PanopticTestMapper,
@@ -81,7 +82,11 @@ class Trainer(DefaultTrainer):
         self._trainer = TrainLoop(model, data_loader, optimizer, cfg.SEED, precision, cfg.SOLVER.ACCUMULATE)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = KMaXCheckpointer(
-            model, cfg.OUTPUT_DIR, keep=cfg.SOLVER.KEEP_CHECKPOINTS, trainer=weakref.proxy(self)
+            model,
+            cfg.OUTPUT_DIR,
+            keep=cfg.SOLVER.KEEP_CHECKPOINTS,
+            origin=describe_model(cfg),
+            trainer=weakref.proxy(self),
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
