@@ -13,6 +13,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint import KMaXCheckpointer
+from ..checkpoint.origin import describe_model
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,9 @@ class KeepBest(BestCheckpointer):
 
     def __init__(self, cfg: CfgNode, model: nn.Module):
         metric = "ema/" * cfg.SOLVER.EMA.ENABLED + cfg.SOLVER.BEST_METRIC
-        super().__init__(cfg.TEST.EVAL_PERIOD, KMaXCheckpointer(model, cfg.OUTPUT_DIR), metric)
+        super().__init__(
+            cfg.TEST.EVAL_PERIOD, KMaXCheckpointer(model, cfg.OUTPUT_DIR, origin=describe_model(cfg)), metric
+        )
         self._patience = cfg.SOLVER.PATIENCE * cfg.TEST.EVAL_PERIOD  # in iterations
         self._file = Path(cfg.OUTPUT_DIR, "model_best.pth")
 
