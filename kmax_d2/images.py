@@ -4,44 +4,51 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from .errors import UserError
 
+logger = logging.getLogger(__name__)
+
 
 @contextlib.contextmanager
-def _opened(file: str, what: str, gray: bool) -> Iterator[Image.Image]:
-    """Opens an image; whatever is wrong with it, also inside the block, is a UserError with its name."""
+def _opened(file: str | IO[bytes], what: str, gray: bool) -> Iterator[Image.Image]:
+    """Opens an image; whatever is wrong with it, also inside the block, is a UserError with `what` it is."""
     try:
-        if os.path.exists(file) and not os.path.isfile(file):
-            raise UserError(f"cannot read the {what} {file}: it is not a file")
+        if isinstance(file, str) and os.path.exists(file) and not os.path.isfile(file):
+            raise UserError(f"cannot read the {what}: it is not a file")
         with Image.open(file) as image:
             if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip the values at 255
-                raise UserError(f"the {what} {file} has more than 8 bits per channel; convert it to 8 bits first")
+                raise UserError(f"the {what} has more than 8 bits per channel; convert it to 8 bits first")
             if not gray and image.mode not in ("RGB", "RGBA", "P"):
-                raise UserError(f"the {what} {file} has no colors: its mode is {image.mode}, not RGB")
+                raise UserError(f"the {what} has no colors: its mode is {image.mode}, not RGB")
             yield image
     except UserError:
         raise
     except UnidentifiedImageError as error:
-        raise UserError(f"cannot read the {what} {file}: it is not an image") from error
+        raise UserError(f"cannot read the {what}: it is not an image") from error
     except Exception as error:  # Pillow's readers raise almost anything
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UserError(f"cannot read the {what} {file}: {reason}") from error
+        raise UserError(f"cannot read the {what}: {reason}") from error
 
 
-def read_rgb(file: str, what: str = "image", gray: bool = True) -> np.ndarray:
-    """Reads an image file whole: RGB (H, W, 3), uint8, upright by its EXIF orientation.
+def read_rgb(file: str | IO[bytes], what: str = "image", gray: bool = True, name: str = "") -> np.ndarray:
+    """Reads an image file whole: RGB (H, W, 3), uint8, upright by its EXIF orientation; the first of several frames.
 
-    Raises UserError with its name and `what` it is, if it is damaged, not an image, has more than 8 bits a channel, or
-    is gray where that is not allowed.
+    Raises UserError with its name (`name`, else the path) and `what` it is, if it is damaged, not an image, has more
+    than 8 bits a channel, or is gray where that is not allowed.
     """
+    what = f"{what} {name or file}"
     with _opened(file, what, gray) as image:
+        if (frames := getattr(image, "n_frames", 1)) > 1:
+            logger.warning(f"the {what} has {frames} frames: only the first is used")
         if image.format == "PNG":
             image.verify()  # the checksums, which loading passes over; the image must then be opened again
     with _opened(file, what, gray) as image:
@@ -51,7 +58,7 @@ def read_rgb(file: str, what: str = "image", gray: bool = True) -> np.ndarray:
 
 def read_size(file: str, what: str = "image", gray: bool = True) -> tuple[int, int]:
     """Reads from a file's header the (height, width) of :func:`read_rgb`; raises UserError as far as that shows."""
-    with _opened(file, what, gray) as image:
+    with _opened(file, f"{what} {file}", gray) as image:
         # Without EXIF in its header, a PNG would be decoded to look for it at the end.
         exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
         turned = exif.get(ExifTags.Base.Orientation) in range(5, 9)

@@ -33,6 +33,8 @@ _ARCHIVES |= {
     for side in (641, 1281)
 }
 _ARCHIVES["coco/convnext_l_unlabeled"] = "kmax_convnext_large_coco_train_unlabeled"
+DEFAULT = "coco/r50"  # the model to use if none is named
+OFFLINE = "shapes/quickstart"  # the included model to use where the default's weights cannot be downloaded
 _INCLUDED = {"shapes/quickstart": Path(__file__).parent / "assets" / "quickstart.pth"}
 
 

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import torch
 from detectron2.data import Metadata
+from detectron2.structures import Instances
 from detectron2.utils.visualizer import VisImage, Visualizer
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
@@ -19,6 +20,7 @@ from .data.mapper import PanopticTestMapper, read_image, read_segments
 
 SHORT_SIDE = 384  # smaller pictures are enlarged to at least this many pixels, so that labels are readable
 LONG_SIDE = 4096  # but not beyond this
+LEAST_SCORE = 0.5  # of the instances that are drawn
 
 
 class _SteadyVisualizer(Visualizer):
@@ -66,6 +68,10 @@ def enlarged(image: np.ndarray) -> np.ndarray:
     return _enlarge(image, cv2.INTER_CUBIC)
 
 
+def _visualizer(image: np.ndarray, metadata: Metadata) -> _SteadyVisualizer:
+    return _SteadyVisualizer(enlarged(image), metadata)
+
+
 def draw_panoptic(
     image: np.ndarray, segment_ids: torch.Tensor | np.ndarray, segments: list[dict], metadata: Metadata
 ) -> np.ndarray:
@@ -82,8 +88,26 @@ def draw_panoptic(
     """
     ids = _enlarge(torch.as_tensor(segment_ids).cpu().numpy().astype(np.int32), cv2.INTER_NEAREST)
     copies = [dict(segment) for segment in segments]  # Detectron2 changes them
-    visualizer = _SteadyVisualizer(enlarged(image), metadata)
-    return visualizer.draw_panoptic_seg(torch.from_numpy(ids), copies, alpha=0.6).get_image()
+    return _visualizer(image, metadata).draw_panoptic_seg(torch.from_numpy(ids), copies, alpha=0.6).get_image()
+
+
+def draw_semantic(image: np.ndarray, classes: np.ndarray, metadata: Metadata) -> np.ndarray:
+    """Draws a class map (H, W) as :func:`draw_panoptic` draws segments."""
+    return _visualizer(image, metadata).draw_sem_seg(_enlarge(classes, cv2.INTER_NEAREST), alpha=0.6).get_image()
+
+
+def draw_instances(image: np.ndarray, instances: Instances, metadata: Metadata) -> np.ndarray:
+    """Draws instances with a score of at least LEAST_SCORE as :func:`draw_panoptic` draws segments."""
+    kept = instances[instances.scores >= LEAST_SCORE]
+    masks = [_enlarge(mask.astype(np.uint8), cv2.INTER_NEAREST) for mask in kept.pred_masks.numpy()]
+    labels = [
+        f"{metadata.thing_classes[index]} {score:.0%}"
+        for index, score in zip(kept.pred_classes, kept.scores, strict=True)
+    ]
+    colors = [np.divide(metadata.thing_colors[index], 255) for index in kept.pred_classes]
+    visualizer = _visualizer(image, metadata)
+    colors = [visualizer._jitter(color) for color in colors]
+    return visualizer.overlay_instances(masks=masks, labels=labels, assigned_colors=colors, alpha=0.6).get_image()
 
 
 @functools.cache
@@ -171,14 +195,27 @@ def result_page(model: nn.Module, record: dict, metadata: Metadata) -> np.ndarra
         panels.append(("ground truth", draw_panoptic(image, true_ids, truth, metadata)))
     panels.append(("prediction", draw_panoptic(image, segment_ids, segments, metadata)))
 
-    *decoders, final = assignments(model, record["image"])
-    clusters = [(f"decoder {number}", assignment) for number, assignment in enumerate(decoders, start=1)]
-    if len(panels) < 3:
-        clusters.insert(0, ("final clusters", final))
-    for title, assignment in clusters:
-        title = f"{title} (stride {_stride(record['image'].shape[-2:], assignment.shape)})"
-        panels.append((title, draw_assignment(enlarged(image), assignment)))
+    clusters = cluster_panels(image, assignments(model, record["image"]), record["image"].shape[-2:])
+    *decoders, final = clusters
+    panels += decoders if len(panels) == 3 else [final, *decoders]
     return page([panels[start : start + 3] for start in range(0, len(panels), 3)])
+
+
+def cluster_panels(
+    image: np.ndarray, clusters: Sequence[np.ndarray], size: Sequence[int]
+) -> list[tuple[str, np.ndarray]]:
+    """Draws the clusters of each decoder and the final ones over an image: titles and pictures for a :func:`page`.
+
+    Args:
+        image: (H, W, 3), uint8, RGB.
+        clusters: maps (h, w) of cluster indices, the final one last.
+        size: (height, width) of the model's input, of which the maps are.
+    """
+    titles = [*(f"decoder {number}" for number in range(1, len(clusters))), "final clusters"]
+    return [
+        (f"{title} (stride {_stride(size, clusters_at.shape)})", draw_assignment(enlarged(image), clusters_at))
+        for title, clusters_at in zip(titles, clusters, strict=True)
+    ]
 
 
 def _stride(size: Sequence[int], map_size: Sequence[int]) -> int:

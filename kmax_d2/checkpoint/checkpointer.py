@@ -35,6 +35,7 @@ class KMaXCheckpointer(DetectionCheckpointer):
     Args:
         model, save_dir, checkpointables: as for :class:`~detectron2.checkpoint.DetectionCheckpointer`.
         keep: how many of the checkpoints that are saved regularly to keep, the newest; 0 keeps all.
+        origin: an entry that tells where the weights come from, of :func:`~kmax_d2.checkpoint.origin.describe_model`.
         complete: whether the file must have every weight that inference reads. Otherwise a part, such as a pre-trained
             backbone, is enough, and class heads for another number of classes keep their initial values. What is
             resumed is always complete.
@@ -44,10 +45,18 @@ class KMaXCheckpointer(DetectionCheckpointer):
     """
 
     def __init__(
-        self, model: nn.Module, save_dir: str = "", *, keep: int = 0, complete: bool = False, **checkpointables
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        keep: int = 0,
+        origin: dict | None = None,
+        complete: bool = False,
+        **checkpointables,
     ):
         super().__init__(model, save_dir, **checkpointables)
         self.keep = keep
+        self.origin = origin or {}
         self.complete = complete
         self._resumes = False
         self.taken: set[str] = set()
@@ -70,11 +79,12 @@ class KMaXCheckpointer(DetectionCheckpointer):
         with whole_file(file) as unfinished:
             try:
                 with open(unfinished, "wb") as stream:
-                    torch.save(data | extra, stream)
+                    torch.save(data | self.origin | extra, stream)
             except (OSError, RuntimeError) as error:  # PyTorch may turn the one into the other
                 size = sum(leaf.nbytes for leaf in tree_leaves(data) if isinstance(leaf, torch.Tensor))
                 raise OSError(f"{getattr(error, 'strerror', error)}; it needs {size / 1e3:.0f} kB") from error
-        self.tag_last_checkpoint(file.name)
+        if _OF_TRAINING.fullmatch(file.name):  # not the best, which lacks the training state
+            self.tag_last_checkpoint(file.name)
         if self.keep:
             for old in sorted(file.parent.glob("model_[0-9]*[0-9].pth"))[: -self.keep]:
                 old.unlink()

@@ -53,9 +53,14 @@ def read_checkpoint(path: str, model: Any, *, resume: bool = False) -> dict:
     """
     if path.startswith(TIMM):
         return {"model": load_timm(path.removeprefix(TIMM), model.pixel_mean, model.pixel_std)}
+    return _in_our_names(read_entries(path, resume=resume), model)
+
+
+def read_entries(path: str, *, resume: bool = False) -> dict:
+    """Reads a file or an address as :func:`read_checkpoint` does, but leaves the weights as they are named there."""
     file = download(path) if is_address(path) else PathManager.get_local_path(path)
     try:
-        checkpoint = _read(file, resume)
+        return _read(file, resume)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error}") from error
     except UserError as error:
@@ -63,7 +68,6 @@ def read_checkpoint(path: str, model: Any, *, resume: bool = False) -> dict:
             raise
         Path(file).unlink(missing_ok=True)
         raise UserError(f"{path} gave no checkpoint: {error}. It was removed; run again for a new copy") from error
-    return _in_our_names(checkpoint, model)
 
 
 def _in_our_names(checkpoint: dict, model: Any) -> dict:

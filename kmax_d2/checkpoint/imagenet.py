@@ -23,8 +23,6 @@ from typing import Any
 
 import torch
 from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
-from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.utils import HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm import list_pretrained
@@ -32,8 +30,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import get_pretrained_cfg, is_model_pretrained
 
 from ..errors import UserError, did_you_mean
-from ..hugging_face import quick_hugging_face
 from ..modeling.layers import BN_EPS
+from .download import hub_file
 from .rules import Rule, rename
 
 _THEIR_EPS = 1e-5
@@ -136,14 +134,9 @@ def load_timm(name: str, pixel_mean: torch.Tensor, pixel_std: torch.Tensor) -> d
         raise UserError(f"timm has no pretrained weights {name}{did_you_mean(name, list_pretrained())}")
     pretrained: Any = get_pretrained_cfg(name)
     try:
-        with quick_hugging_face():
-            file = hf_hub_download(pretrained.hf_hub_id, "model.safetensors")
-    except (OSError, HfHubHTTPError) as error:
-        raise UserError(
-            f"cannot download timm://{name} ({' '.join(str(error).split())}): run again with a network, or copy "
-            f"models--{pretrained.hf_hub_id.replace('/', '--')} from another machine's Hugging Face cache to "
-            f'{constants.HF_HUB_CACHE}; MODEL.WEIGHTS "" trains from scratch'
-        ) from error
+        file = hub_file(pretrained.hf_hub_id, "model.safetensors")
+    except UserError as error:
+        raise UserError(f'timm://{name}: {error}; MODEL.WEIGHTS "" trains from scratch') from error
     try:
         state_dict = load_file(file)
     except SafetensorError as error:

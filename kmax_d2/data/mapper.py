@@ -197,8 +197,11 @@ class PanopticTestMapper:
 
     def __call__(self, record: dict) -> dict:
         """Returns the record with "image" (3, H, W), RGB uint8, and the original "height" and "width" added."""
-        image = read_image(record)
-        size = {"height": image.shape[0], "width": image.shape[1]}
-        inputs = T.AugInput(image)
-        self.augmentations(inputs)
-        return record | size | {"image": torch.from_numpy(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))}
+        return record | self.inputs(read_image(record))
+
+    def inputs(self, image: np.ndarray) -> dict:
+        """Returns the model's inputs for an image (H, W, 3), RGB uint8."""
+        resized = T.AugInput(image)
+        self.augmentations(resized)
+        tensor = torch.from_numpy(np.ascontiguousarray(resized.image.transpose(2, 0, 1)))
+        return {"image": tensor, "height": image.shape[0], "width": image.shape[1]}

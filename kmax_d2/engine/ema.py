@@ -11,6 +11,7 @@ from detectron2.utils import comm
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from ..checkpoint.origin import describe_model
 from ..files import whole_file
 
 FILE = "model_final_ema.pth"
@@ -38,21 +39,27 @@ class WeightAverage(HookBase):
         options = cfg.SOLVER.EMA
         self._ema = ModelEmaV3(model, decay=options.DECAY, use_warmup=options.WARMUP)
         self._file = Path(cfg.OUTPUT_DIR) / FILE
+        self._origin = describe_model(cfg)
         self._restored = False
         self.model: nn.Module = self._ema.module.requires_grad_(False)
 
     def before_train(self) -> None:
         """Starts the average at the current weights, unless a checkpoint restored it."""
         if not self._restored:
-            self._ema.set(_unwrapped(self.trainer.model))
+            self._ema.set(unwrapped(self.trainer.model))
 
     def after_step(self) -> None:
         """Updates the average, and writes it after the last step."""
         step = self.trainer.iter + 1
-        self._ema.update(_unwrapped(self.trainer.model), step=step)
-        if step == self.trainer.max_iter and comm.is_main_process():
+        self._ema.update(unwrapped(self.trainer.model), step=step)
+        if step == self.trainer.max_iter:
+            self.save()
+
+    def save(self) -> None:
+        """Writes the average as a checkpoint, in the main process."""
+        if comm.is_main_process():
             with whole_file(self._file) as unfinished:
-                torch.save({"model": self.model.state_dict()}, unfinished)
+                torch.save({"model": self.model.state_dict()} | self._origin, unfinished)
 
     def state_dict(self) -> dict:
         """Returns the averaged weights, which Detectron2 stores in checkpoints."""
@@ -64,5 +71,6 @@ class WeightAverage(HookBase):
         self._restored = True
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Returns a model without its wrapper for several processes."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

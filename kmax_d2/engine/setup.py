@@ -12,15 +12,16 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint import load_weights
 from ..checkpoint.download import download, is_address
+from ..checkpoint.origin import merge_checkpoint
 from ..data.datasets import coco_panoptic
 from ..errors import UserError, did_you_mean
-from ..files import own_folder
 from ..options import check, default_config, merge_file, merge_pairs, set_test_size
 from ..speed import inference_model
 
@@ -28,12 +29,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
 SPLITS = ("TRAIN", "TEST")
-# Demo and pseudo-labels need nothing else.
-PANOPTIC_ONLY = (
-    *("MODEL.KMAX.TEST.PANOPTIC_ON", True),
-    *("MODEL.KMAX.TEST.SEMANTIC_ON", False),
-    *("MODEL.KMAX.TEST.INSTANCE_ON", False),
-)
+CHECKPOINT = ".pth"  # ending of a checkpoint in place of a config
 
 
 def config_file(name: str) -> Path:
@@ -60,7 +56,7 @@ def load_config(file: str, options: Sequence = (), overrides: Sequence = ()) -> 
     """Reads a config as it is written; :func:`ready_config` also prepares it for use.
 
     Args:
-        file: a config file or name; an empty string for the defaults.
+        file: a config file or name; a checkpoint of ours, which has its config; an empty string for the defaults.
         options: (name, value, name, value, ...), which take precedence over the file.
         overrides: the same, which take precedence over both.
 
@@ -68,7 +64,9 @@ def load_config(file: str, options: Sequence = (), overrides: Sequence = ()) -> 
         UserError: the file is missing or broken, an option does not exist or is not read, or a value does not fit.
     """
     cfg = default_config()
-    if file:
+    if file.endswith(CHECKPOINT):
+        merge_checkpoint(cfg, file)
+    elif file:
         merge_file(cfg, config_file(file))
     merge_pairs(cfg, options)
     merge_pairs(cfg, overrides)
@@ -102,11 +100,31 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """Returns the :func:`ready_config` of the parsed command line of train_net.py."""
     if args.config_file:
         args.config_file = str(config_file(args.config_file))  # Detectron2 reads the file too, for its log
-    own = (("DATASETS.OWN_TRAIN", args.train_data), ("DATASETS.OWN_TEST", args.test_data))
-    overrides = [part for name, files in own if files for part in (name, files)]
+    own = {"DATASETS.OWN_TRAIN": args.train_data, "DATASETS.OWN_TEST": args.test_data}
+    overrides = [part for name, files in own.items() if files for part in (name, files)]
     cfg = ready_config(args.config_file, args.opts, overrides)
-    for name in cfg.DATASETS.TEST if cfg.MODEL.KMAX.TEST.SAVE_PREDICTIONS else ():
-        own_folder(Path(cfg.MODEL.KMAX.TEST.SAVE_PREDICTIONS) / name)  # before the time it takes to predict
+    batch = getattr(args, "scale_schedule", None)
+    return cfg if batch is None else scale_schedule(cfg, batch)
+
+
+def scale_schedule(cfg: CfgNode, batch: int) -> CfgNode:
+    """Returns a frozen config for steps of `batch` images that sees as many images in all.
+
+    The learning rate changes with the batch (https://arxiv.org/abs/1706.02677), and numbers of iterations inversely.
+    Raises UserError for a batch below 1, and if an option no longer fits.
+    """
+    if batch < 1:
+        raise UserError(f"--scale-schedule is {batch}, but must be the images of a step, at least 1")
+    cfg = cfg.clone()
+    cfg.defrost()
+    solver = cfg.SOLVER
+    kept = {name: solver[name] for name in ("REFERENCE_WORLD_SIZE", "STEPS")}
+    solver.EMA.DECAY **= batch / solver.IMS_PER_BATCH
+    solver.REFERENCE_WORLD_SIZE = solver.IMS_PER_BATCH  # as if each image had a process
+    cfg = DefaultTrainer.auto_scale_workers(cfg, batch)
+    cfg.SOLVER.update(kept)
+    check(cfg)
+    cfg.freeze()
     return cfg
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from detectron2.config import configurable
@@ -14,26 +15,40 @@ from .merging import MaskWiseMerging, Segmentation, count_values, look_up
 from .top_two import by_rows, marginal_classes, row_strips
 
 
-class Results(dict):
-    """The results for one image by name.
+class Results(Mapping):
+    """The results for one image by name, each computed when it is first read.
 
     "semantic" is the class map (H, W) int64. Detectron2's one-hot "sem_seg" (K, H, W) uint8, many times as large, is
-    computed from it when it is read.
+    there too, but a loop over the names passes it by.
+
+    Args:
+        compute: for each name the function that gives its result.
     """
 
-    def __init__(self, num_classes: int):
-        super().__init__()
-        self.num_classes = num_classes
+    def __init__(self, compute: Mapping[str, Callable[[], Any]]):
+        self._compute = compute
+        self._results: dict[str, Any] = {}
 
-    def __contains__(self, key: object) -> bool:
-        return super().__contains__("semantic" if key == "sem_seg" else key)
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._results:
+            with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+                self._results[name] = self._compute[name]()
+        return self._results[name]
 
-    def __missing__(self, key: str) -> torch.Tensor:
-        if key != "sem_seg":
-            raise KeyError(key)
-        classes = self["semantic"]
-        one_hot = torch.zeros(self.num_classes, *classes.shape, dtype=torch.uint8, device=classes.device)
-        return one_hot.scatter_(0, classes[None], 1)
+    def __contains__(self, name: object) -> bool:
+        return name in self._compute
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._compute if name != "sem_seg")
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def one_hot(classes: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Class map (H, W) int64 to Detectron2's (K, H, W) uint8."""
+    result = torch.zeros(num_classes, *classes.shape, dtype=torch.uint8, device=classes.device)
+    return result.scatter_(0, classes[None], 1)
 
 
 class Postprocessor(nn.Module):
@@ -101,16 +116,23 @@ class Postprocessor(nn.Module):
             size, extent = original, ((real[0] - 1) / (padded[0] - 1), (real[1] - 1) / (padded[1] - 1))
             real = original
         merged = self.merging(class_logits, mask_logits, size, extent)
-        results = Results(len(self.merging.is_thing))
+        compute: dict[str, Callable[[], Any]] = {}
         if "panoptic" in self.outputs:
-            results["panoptic_seg"] = panoptic_result(merged, real, original)
+            compute["panoptic_seg"] = lambda: panoptic_result(merged, real, original)
         if "semantic" in self.outputs:
-            best = self.semantic == "query"
-            classes = query_classes(merged) if best else marginal_classes(class_logits, mask_logits, size, extent)
-            results["semantic"] = resize_nearest(classes, real, original)
+            by_query = self.semantic == "query"
+            logits = None if by_query else (class_logits, mask_logits)  # results should not hold them for nothing
+
+            def semantic() -> torch.Tensor:
+                classes = query_classes(merged) if logits is None else marginal_classes(*logits, size, extent)
+                return resize_nearest(classes, real, original)
+
+            compute["semantic"] = semantic
+            compute["sem_seg"] = lambda: one_hot(results["semantic"], len(self.merging.is_thing))
         if "instance" in self.outputs:
             instances = self.query_instances if self.instance == "query" else self.panoptic_instances
-            results["instances"] = instances(merged, real, original)
+            compute["instances"] = lambda: instances(merged, real, original)
+        results = Results(compute)
         return results
 
     def panoptic_instances(self, merged: Segmentation, real: tuple[int, int], size: tuple[int, int]) -> Instances:

@@ -51,7 +51,6 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.benchmark import Measurement, Timer
 
 from ..engine import ready_config
-from ..engine.setup import PANOPTIC_ONLY
 from ..errors import UserError
 from ..modeling.axial_attention import AxialAttention1D
 from ..speed import compile_model, inference_model, keep_freed_memory, training_model, use_precision
@@ -122,7 +121,7 @@ def build_task(args: argparse.Namespace, stages: bool) -> Task:
         map_size = ((side - 1) // stride + 1 for side in args.size)
         logits = made_up_prediction((queries, num_classes + 1), (queries, *map_size), model.device)
         return {"total": in_context(lambda: [model.merging(*logits, tuple(args.size)) for _ in images], args)}
-    task: Task = {"total": lambda: model(inputs)}
+    task: Task = {"total": lambda: [result["panoptic_seg"] for result in model(inputs)]}
     if args.mode == "training":
         model = training_model(model, cfg)
         task["forward"], weights = task["total"], list(model.parameters())
@@ -154,7 +153,7 @@ def peak_bytes(build: Callable[..., Task], args: argparse.Namespace) -> int:
 def prepare(args: argparse.Namespace) -> CfgNode:
     """Returns the config to measure, and fills in arguments that have their default there. Raises UserError."""
     device = ("MODEL.DEVICE", args.device) if args.device else ()
-    overrides = (*PANOPTIC_ONLY, "MODEL.KMAX.TEST.PAD_TO_CROP", False, "MODEL.KMAX.TIMM.PRETRAINED", False, *device)
+    overrides = ("MODEL.KMAX.TEST.PAD_TO_CROP", False, "MODEL.KMAX.TIMM.PRETRAINED", False, *device)
     cfg = ready_config(args.config_file, args.opts, (*overrides, "MODEL.KMAX.TEST.PRECISION", args.precision)).clone()
     args.device, args.size = cfg.MODEL.DEVICE, args.size or list(cfg.INPUT.CROP_SIZE)
     args.threads = torch.get_num_threads() if args.threads is None else args.threads

@@ -30,13 +30,13 @@ from tabulate import tabulate
 
 from ..engine import ready_config
 from ..engine.log import quiet_log
-from ..engine.setup import PANOPTIC_ONLY
 from ..errors import UserError
 from ..files import make_folder, write_json
 from .quickstart import CONFIG, QuickstartTrainer
 
 ATTENTIONS = {"KMeansCrossAttention": "k-means", "SoftmaxCrossAttention": "spatial softmax"}
 DEFAULTS = ("SOLVER.MAX_ITER", 1000, "TEST.EVAL_PERIOD", 100)
+PANOPTIC_ONLY = ("MODEL.KMAX.TEST.SEMANTIC_ON", False, "MODEL.KMAX.TEST.INSTANCE_ON", False)
 
 
 def make_config(attention: str, seed: int, folder: Path, options: Sequence[str]) -> CfgNode:

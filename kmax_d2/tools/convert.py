@@ -24,16 +24,20 @@ from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import KMaXCheckpointer
+from ..checkpoint.origin import describe_model
 from ..engine import ready_config
 from ..errors import UserError
 from ..files import MARK, require_own, whole_file
 
 
-def write_checkpoint(weights: dict[str, torch.Tensor], file: Path) -> None:
-    """Writes a checkpoint in the format of `file`'s suffix, .pth or .pkl. Raises UserError if that is impossible."""
+def write_checkpoint(weights: dict[str, torch.Tensor], file: Path, origin: dict) -> None:
+    """Writes a checkpoint in the format of `file`'s suffix, .pth or .pkl; the latter has no `origin`.
+
+    Raises UserError if that is impossible.
+    """
     with whole_file(file) as unfinished, open(unfinished, "wb") as stream:
         if file.suffix == ".pth":
-            torch.save({"__author__": MARK, "model": weights}, stream)
+            torch.save({"__author__": MARK, "model": weights} | origin, stream)
         else:
             arrays = {name: tensor.numpy() for name, tensor in weights.items()}
             pickle.dump({"__author__": MARK, "model": arrays}, stream, protocol=pickle.HIGHEST_PROTOCOL)
@@ -48,13 +52,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{args.output} is the input: choose another name for the output")
     require_own([args.output], args.overwrite)
     setup_logger(name="fvcore")
-    model = build_model(ready_config(args.config_file, args.opts, ("MODEL.DEVICE", "cpu")))
+    cfg = ready_config(args.config_file, args.opts, ("MODEL.DEVICE", "cpu"))
+    model = build_model(cfg)
     checkpointer = KMaXCheckpointer(model)
     checkpointer.load(args.input)
     state_dict = model.state_dict()
     # The model's own tensors: those read from the file may be views of a larger storage.
     weights = {name: state_dict[name].contiguous() for name in sorted(checkpointer.taken)}
-    write_checkpoint(weights, args.output)
+    write_checkpoint(weights, args.output, describe_model(cfg))
     print(f"{len(weights)} weights written to {args.output}")
 
 

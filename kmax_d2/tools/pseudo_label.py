@@ -29,38 +29,26 @@ from collections import Counter
 from datetime import timedelta
 from typing import Any
 
-import torch
 import yaml
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .. import model_zoo
+from ..data.datasets.coco_panoptic import categories_of
 from ..data.mapper import PanopticTestMapper
 from ..data.panoptic_png import describe, read_annotation, write, write_json
-from ..engine import launch, load_predictor, ready_config
-from ..engine.setup import PANOPTIC_ONLY, dataset_metadata
+from ..engine import launch
+from ..engine.setup import dataset_metadata
 from ..errors import UserError
 from ..files import make_folder, require_own, whole_file
 from ..images import images_in
+from ..inference import load
+from ..inference.predictor import predictor_config
 from ..parallel import parallel_map
-from ..speed import use_precision
 
 
-def categories_of(cfg: CfgNode) -> list[dict]:
-    """Returns the JSON categories of the config's dataset, in the order of the contiguous classes."""
-    metadata = dataset_metadata(cfg)
-    things, colors = metadata.thing_dataset_id_to_contiguous_id, metadata.get("stuff_colors")
-    id_of = {index: id_ for id_, index in (metadata.stuff_dataset_id_to_contiguous_id | things).items()}
-    return [
-        {"id": id_of[index], "name": name, "isthing": int(id_of[index] in things)}
-        | ({"color": list(colors[index])} if colors else {})
-        for index, name in enumerate(metadata.stuff_classes)
-    ]
-
-
-def _load(file: Path, mapper: PanopticTestMapper) -> tuple[Path, dict | UserError]:
+def _read(file: Path, mapper: PanopticTestMapper) -> tuple[Path, dict | UserError]:
     try:
         return file, mapper({"file_name": str(file)})
     except UserError as error:
@@ -69,18 +57,17 @@ def _load(file: Path, mapper: PanopticTestMapper) -> tuple[Path, dict | UserErro
 
 def label(args: argparse.Namespace, files: Sequence[Path], folder: Path) -> None:
     """Writes a PNG with its segments inside for each image; the processes divide the images among themselves."""
-    cfg = ready_config(args.config_file, args.opts, PANOPTIC_ONLY)
-    categories, model = categories_of(cfg), load_predictor(cfg)
+    predict = load(args.config_file, options=args.opts)
+    cfg, categories = predict.cfg, categories_of(predict.metadata)
     share: Any = files[comm.get_rank() :: comm.get_world_size()]
-    load = functools.partial(_load, mapper=PanopticTestMapper(cfg))
+    read = functools.partial(_read, mapper=predict.mapper)
     # Every image has its own size, so there are no batches.
-    loader: DataLoader = DataLoader(share, batch_size=None, collate_fn=load, num_workers=cfg.DATALOADER.NUM_WORKERS)
+    loader: DataLoader = DataLoader(share, batch_size=None, collate_fn=read, num_workers=cfg.DATALOADER.NUM_WORKERS)
     for file, inputs in tqdm(loader, "labeling", unit="image", disable=not comm.is_main_process(), mininterval=0.5):
         if isinstance(inputs, UserError):
             tqdm.write(f"skipped: {inputs}")
             continue
-        with use_precision(cfg.MODEL.KMAX.TEST.PRECISION, cfg.MODEL.DEVICE), torch.no_grad():
-            ids, segments = model([inputs])[0]["panoptic_seg"]
+        ids, segments = predict.segment([inputs])[0]["panoptic_seg"]
         id_map = ids.cpu().numpy()
         category = {segment["id"]: categories[segment["category_id"]]["id"] for segment in segments}
         segments_info = [
@@ -99,7 +86,7 @@ def remember_model(cfg: CfgNode, folder: Path) -> None:
     weights = Path(cfg.MODEL.WEIGHTS)
     if weights.is_file():
         model["WEIGHTS"] = {"bytes": weights.stat().st_size, "changed": weights.stat().st_mtime}
-    text = yaml.safe_dump({"model": model, "input": inputs, "categories": categories_of(cfg)})
+    text = yaml.safe_dump({"model": model, "input": inputs, "categories": categories_of(dataset_metadata(cfg))})
     file = folder / "model.yaml"
     if not (file.is_file() and any(folder.glob("*.png"))):
         with whole_file(file) as unfinished:
@@ -125,13 +112,12 @@ def json_entries(labels: dict[Path, dict]) -> list[dict]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command line; None takes that of the process."""
     args = PARSER.parse(argv)
-    args.opts = [*model_zoo.trained_weights(args.config_file), *args.opts]
     files = images_in(args.input)
     (stem, count), *_ = Counter(file.stem for file in files).most_common(1)
     if count > 1:
         raise UserError(f"{count} images in {args.input} are named {stem} except for their suffix; rename them")
-    cfg = ready_config(args.config_file, args.opts, PANOPTIC_ONLY)
-    categories, name = categories_of(cfg), f"panoptic_{args.input.resolve().name}"
+    cfg = predictor_config(args.config_file, args.opts)
+    categories, name = categories_of(dataset_metadata(cfg)), f"panoptic_{args.input.resolve().name}"
     folder, json_file = make_folder(args.output / name), args.output / "annotations" / f"{name}.json"
     pngs = [folder / f"{file.stem}.png" for file in files]
     found = parallel_map(read_annotation, pngs, "looking for labels")

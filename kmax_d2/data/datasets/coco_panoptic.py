@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 
 from ...errors import UserError
 
@@ -197,6 +197,17 @@ def metadata_of(categories: Sequence[dict]) -> dict:
         **{"thing_classes": names, "thing_colors": colors, "thing_dataset_id_to_contiguous_id": things},
         **{"stuff_classes": names, "stuff_colors": colors, "stuff_dataset_id_to_contiguous_id": stuff},
     }
+
+
+def categories_of(metadata: Metadata) -> list[dict]:
+    """Returns the JSON categories of a dataset, in the order of the contiguous classes: :func:`metadata_of` undone."""
+    things, colors = metadata.thing_dataset_id_to_contiguous_id, metadata.get("stuff_colors")
+    id_of = {index: id_ for id_, index in (metadata.stuff_dataset_id_to_contiguous_id | things).items()}
+    return [
+        {"id": id_of[index], "name": name, "isthing": int(id_of[index] in things)}
+        | ({"color": list(colors[index])} if colors else {})
+        for index, name in enumerate(metadata.stuff_classes)
+    ]
 
 
 def _color(index: int) -> list[int]:

@@ -1,0 +1,52 @@
+"""What a checkpoint tells of its model, config and classes, so that the file alone is enough to use it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+from ..data.datasets import coco_panoptic
+from ..errors import UserError
+from ..options import default_config, merge
+from .formats import read_entries
+
+ENTRY = "kmax_d2"  # of the checkpoint
+# Of the machine, not of the model.
+_LOCAL = ("MODEL.DEVICE", "MODEL.WEIGHTS", "MODEL.KMAX.TEST.SAVE_PREDICTIONS", "MODEL.KMAX.TIMM.PRETRAINED")
+
+
+def describe_model(cfg: CfgNode) -> dict[str, Any]:
+    """Returns the checkpoint entry of a model: its options as YAML, and its categories as in a COCO panoptic JSON."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    defaults = default_config()
+    for name in _LOCAL:
+        *path, option = name.split(".")
+        node, default = cfg, defaults
+        for part in path:
+            node, default = node[part], default[part]
+        node[option] = default[option]
+    options = "".join(CfgNode({name: cfg[name]}).dump() for name in ("INPUT", "MODEL"))
+    names = [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]
+    categories = coco_panoptic.categories_of(MetadataCatalog.get(names[0])) if names else []
+    return {ENTRY: {"options": options, "categories": categories}}
+
+
+def merge_checkpoint(cfg: CfgNode, file: str) -> None:
+    """Merges the options of a checkpoint's model in place: MODEL.WEIGHTS is the file, DATASETS.TEST names its classes.
+
+    Raises UserError where the file cannot be read, or does not tell.
+    """
+    entry = read_entries(file).get(ENTRY)
+    if not entry:
+        raise UserError(f"{file} has weights, but not their config: name the config, and {file} as its weights")
+    merge(cfg, yaml.safe_load(entry["options"]))
+    cfg.MODEL.WEIGHTS = file
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+    if entry["categories"]:
+        name = f"classes of {file}"
+        coco_panoptic.register_records(name, lambda: [], **coco_panoptic.metadata_of(entry["categories"]))
+        cfg.DATASETS.TEST = (name,)
