@@ -211,7 +211,7 @@ BAD = {
     "LabelMe: line": ("LabelMe", change_text("0001.json", '"polygon"', '"line"'), "0001.json: shape 0 ("),
     "LabelMe: no image": ("LabelMe", change_text("0001.json", "0001.jpg", "no.jpg"), "no.jpg: No such file"),
     "LabelMe: size": ("LabelMe", change_text("0001.json", '"imageHeight": 1', '"imageHeight": 9'), "its labels say"),
-    "CVAT: class": ("CVAT", change_text("annotations.xml", 'label="grass" p', 'label="ufo" p'), "there is no class ufo"),
+    "CVAT: class": ("CVAT", change_text("annotations.xml", 'label="grass" p', 'label="ufo" p'), "no class ufo"),
     "CVAT: points": ("CVAT", change_text("annotations.xml", 'points="', 'points="x,'), "): malformed"),
     "CVAT: image": ("CVAT", change_text("annotations.xml", "0001.jpg", "no.jpg"), "no.jpg: No such file"),
     "PNG: class": ("classes", change_text("classes.txt", "7 grass", "77 grass"), "there is no class of the value 7"),

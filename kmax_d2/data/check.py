@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,15 +39,16 @@ class Category(NamedTuple):
 
 @dataclass
 class Findings:
-    """The contents of a record's files: faults, (height, width), number of void pixels, and segments.
+    """The contents of a record's files: faults, (height, width), number of void pixels, segments, and a digest.
 
-    A segment is (category id, area in pixels, whether it is a crowd).
+    A segment is (category id, area in pixels, whether it is a crowd). The digest is that of the image's pixels.
     """
 
     faults: list[Fault] = field(default_factory=list)
     size: tuple[int, int] | None = None
     void: int = 0
     segments: list[tuple[int, int, bool]] = field(default_factory=list)
+    digest: bytes = b""
 
 
 @dataclass
@@ -160,7 +162,12 @@ def check_record(record: dict, categories: Container[int], whole: bool = True) -
     findings = Findings()
     faults, image = findings.faults, record["file_name"]
     png = record.get("pan_seg_file_name", "")  # a test set may have no ground truth
-    findings.size = _read(_size_when_read if whole else read_size, image, "image", faults)
+    if whole:
+        pixels = _read(read_rgb, image, "image", faults)
+        if pixels is not None:
+            findings.size, findings.digest = pixels.shape[:2], hashlib.sha1(pixels.tobytes()).digest()
+    else:
+        findings.size = _read(read_size, image, "image", faults)
     described = (record["height"], record["width"]) if "height" in record else None
     if findings.size and described and findings.size != described:
         faults.append(Fault("size mismatch", f"{image} is {_text(findings.size)}, the JSON says {_text(described)}"))
@@ -224,10 +231,6 @@ def _read(read: Callable[[str], Result], file: str, what: str, faults: list[Faul
     except UserError as error:
         faults.append(Fault(f"{'broken' if os.path.exists(file) else 'missing'} {what}", str(error)))
         return None
-
-
-def _size_when_read(file: str) -> tuple[int, int]:
-    return read_rgb(file).shape[:2]
 
 
 def _text(size: Sequence[int]) -> str:
