@@ -26,10 +26,19 @@ def panoptic(images, pngs, json_file):
 
 
 def outlines(mask):
-    """The outer outline (N, 2) of each connected part of a mask (H, W), in whole pixels."""
-    found, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    # Outlines of one or two pixels are repeated up to the three corners of a polygon.
-    return [np.resize(part[:, 0], (max(3, len(part)), 2)) for part in found]
+    """The outer outline (N, 2) of each part of a mask (H, W), in whole pixels.
+
+    Parts are connected by edges: then what is in a hole of a part is all there, and smaller than the part.
+    """
+    count, parts = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
+    found = []
+    for part in range(1, count):
+        ((outline, *_), _) = cv2.findContours(
+            (parts == part).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE
+        )
+        # An outline of one or two pixels is repeated up to the three corners of a polygon.
+        found.append(np.resize(outline[:, 0], (max(3, len(outline)), 2)))
+    return found
 
 
 def to_coco(source, folder, polygons=False):

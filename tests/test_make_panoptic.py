@@ -52,7 +52,7 @@ def segments(files, parts=False, classes=False):
             masks = [(name, np.any([mask for other, mask in masks if other == name], axis=0)) for name in names]
         found[file.stem] = set()
         for name, mask in masks:
-            count, labels = cv2.connectedComponents(mask.astype(np.uint8))
+            count, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4 if parts else 8)
             split = name in THINGS and (parts or classes)
             of_segment = [labels == label for label in range(1, count)] if split else [mask]
             found[file.stem] |= {(name, part.tobytes()) for part in of_segment}
@@ -208,15 +208,15 @@ BAD = {
     "YOLO: empty": ("YOLO", write("labels/train/*.txt", ""), "0000.txt: an empty file"),
     "LabelMe: empty": ("LabelMe", write("*.json", ""), "0000.json: an empty file"),
     "LabelMe: broken": ("LabelMe", write("*.json", "{"), "0000.json: not a LabelMe file"),
-    "LabelMe: line": ("LabelMe", change_text("0001.json", '"polygon"', '"line"'), "0001.json: shape 0 ("),
+    "LabelMe: line": ("LabelMe", change_text("0001.json", '"polygon"', '"line"'), "0001.json, object 0 ("),
     "LabelMe: no image": ("LabelMe", change_text("0001.json", "0001.jpg", "no.jpg"), "no.jpg: No such file"),
     "LabelMe: size": ("LabelMe", change_text("0001.json", '"imageHeight": 1', '"imageHeight": 9'), "its labels say"),
     "CVAT: class": ("CVAT", change_text("annotations.xml", 'label="grass" p', 'label="ufo" p'), "no class ufo"),
     "CVAT: points": ("CVAT", change_text("annotations.xml", 'points="', 'points="x,'), "): malformed"),
     "CVAT: image": ("CVAT", change_text("annotations.xml", "0001.jpg", "no.jpg"), "no.jpg: No such file"),
     "PNG: class": ("classes", change_text("classes.txt", "7 grass", "77 grass"), "there is no class of the value 7"),
-    "PNG: size": ("classes", resize("*.png"), "0000.png: is 9×9, its image"),
-    "PNG: broken": ("ids", write("*.png", "x"), "0000.png: cannot read the mask"),
+    "PNG: size": ("classes", resize("*.png"), "0000.png: it is 9×9, its image"),
+    "PNG: broken": ("ids", write("*.png", "x"), "0000.png: cannot read it"),
 }  # fmt: skip
 
 
@@ -244,7 +244,7 @@ def test_bad_labels_are_a_line_each_and_can_be_skipped(source, folder, tmp_path,
         ("a.xml", "<annotations", "cannot read .*a.xml"),
         ("data.yaml", "names: [", "cannot read .*data.yaml"),
         ("a.json", "{", "labels are bad"),
-        ("a.json", '{"images": [], "annotations": []}', "a.json has no categories"),
+        ("a.json", '{"images": [], "annotations": []}', "a.json has no valid categories"),
         ("a.txt", "", "is in no known format: COCO instances, YOLO"),
     ],
 )
