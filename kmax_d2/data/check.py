@@ -75,7 +75,7 @@ def registered(name: str) -> Dataset:
     metadata = MetadataCatalog.get(name)
     json_file = metadata.get("panoptic_json")
     if json_file is None:
-        return _from_records(name)
+        raise UserError(f"the dataset {name} cannot be checked: its metadata have no panoptic_json")
     if not os.path.isfile(json_file):
         # Some datasets are created when first loaded; for others, the missing JSON is reported below.
         with contextlib.suppress(OSError, AssertionError, UserError):
@@ -118,19 +118,6 @@ def _categories(metadata: Metadata) -> dict[int, Category]:
         for id_, index in metadata.get(f"{kind}_dataset_id_to_contiguous_id", {}).items():
             found[id_] = Category(names[index], kind == "thing", index)
     return dict(sorted(found.items(), key=lambda item: item[1].contiguous))
-
-
-def _from_records(name: str) -> Dataset:
-    """Describes a dataset of which the catalogs have only records, with contiguous classes."""
-    metadata = MetadataCatalog.get(name)
-    categories = {category.contiguous: category for category in _categories(metadata).values()}
-    try:
-        records = DatasetCatalog.get(name)
-    except (OSError, AssertionError) as error:
-        raise UserError(f"the dataset {name} cannot be loaded: {error}") from error
-    if not categories or any("pan_seg_file_name" not in record for record in records):
-        raise UserError(f"the dataset {name} is not panoptic")
-    return Dataset(name, metadata, categories, records, [])
 
 
 def require_readable(names: Sequence[str], records: Sequence[dict]) -> None:
