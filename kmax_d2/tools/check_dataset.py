@@ -65,8 +65,8 @@ def datasets(args: argparse.Namespace) -> tuple[CfgNode, list[str]]:
     own, config = [args.images, args.panoptic, args.json], args.config_file or args.train_data or args.test_data
     if sum([bool(args.names), bool(config), any(own)]) != 1 or (any(own) and not all(own)):
         raise UserError(
-            "give either the names of datasets, or --config-file, or --train-data and --test-data, or all of --images, "
-            "--panoptic, --json"
+            "give either the names of datasets, or --config-file, or all of --images, --panoptic, --json, "
+            "or --train-data and --test-data"
         )
     if not config:
         for name in args.names:
