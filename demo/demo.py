@@ -45,6 +45,7 @@ from kmax_d2.files import make_folder, require_own, write_png
 from kmax_d2.images import find_images, stem_of
 from kmax_d2.inference import Predictor, Result, load
 from kmax_d2.inference.coco_files import CocoFiles, png_folder
+from kmax_d2.inference.tiles import LEAST_SIZE
 from kmax_d2.inference.video import VideoReader, VideoWriter, video_file
 
 Outputs = list[tuple[Path, str]]  # for each file of an image its folder, and what follows the stem in its name
@@ -150,6 +151,8 @@ def segment_video(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command line; None takes that of the process."""
     args = PARSER.parse(argv)
+    if args.tile is not None and args.tile < LEAST_SIZE:
+        raise UserError(f"--tile must be at least {LEAST_SIZE} pixels, not {args.tile}")
     if args.tile is not None and args.assignments:
         raise UserError("--assignments are those of a whole image: leave out --tile")
     if args.input:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from ..modeling.postprocess import Results
 if TYPE_CHECKING:
     from .predictor import Predictor
 
+LEAST_SIZE = 64  # of a tile, in pixels
+STRIDE = 32  # of the coarsest map
 JOINED_IOU = 0.5  # of two things of one class in the overlap of their tiles, above which they are one
 
 Segmentation = tuple[np.ndarray, list[dict]]  # ids (H, W), 0 for void, and "id", "category_id", "isthing" and "score"
@@ -66,14 +69,15 @@ class TileJoiner:
         old[:] = np.where(first > 0, first, second)
 
     def _join(self, old: np.ndarray, new: np.ndarray) -> None:
-        """Makes one of the things that agree in an overlap."""
+        """Makes one of the things that agree in an overlap; where either tile has void says nothing."""
         roots = np.array([self._root(index) for index in range(len(self.parts))])
-        pairs, counts = np.unique(roots[old].astype(np.int64) * NUM_IDS + new, return_counts=True)
+        known = (old > 0) & (new > 0)
+        pairs, counts = np.unique(roots[old[known]].astype(np.int64) * NUM_IDS + new[known], return_counts=True)
         first, second = np.divmod(pairs, NUM_IDS)
         areas = [np.bincount(side, counts, len(roots)) for side in (first, second)]
         for a, b, both in zip(first.tolist(), second.tolist(), counts.tolist(), strict=True):
             one, other = self.parts[a], self.parts[b]
-            same = a and b and one["isthing"] and one["category_id"] == other["category_id"]
+            same = one["isthing"] and one["category_id"] == other["category_id"]
             if same and both > JOINED_IOU * (areas[0][a] + areas[1][b] - both):
                 self.parent[self._root(b)] = self._root(a)
 
@@ -101,8 +105,8 @@ class TileJoiner:
 def segment_tiles(predictor: Predictor, image: np.ndarray, size: int, overlap: int | None = None) -> Results:
     """Segments an image in square tiles, so that memory beyond the image and its results is that of one tile.
 
-    A tile that fits INPUT.CROP_SIZE is not resized; a larger one is shrunk to it if the config resizes images
-    (INPUT.FIT_CROP). Limits on the area of segments hold for the joined ones.
+    If the config resizes images (INPUT.FIT_CROP), tiles are shrunk to the crop if they are larger, and enlarged as the
+    whole image would be if that is smaller. Limits on the area of segments hold for the joined ones.
 
     Args:
         predictor: segments the tiles.
@@ -117,15 +121,18 @@ def segment_tiles(predictor: Predictor, image: np.ndarray, size: int, overlap: i
         UserError: size or overlap is out of range.
     """
     overlap = size // 4 if overlap is None else overlap
-    if size < 32 or not 0 <= overlap <= size // 2:
-        raise UserError(f"tiles have at least 32 pixels and overlap by at most half of that, not {size} and {overlap}")
+    if size < LEAST_SIZE or not 0 <= overlap <= size // 2:
+        raise UserError(f"tiles have at least {LEAST_SIZE} pixels and overlap by up to half, not {size} and {overlap}")
     height, width = image.shape[:2]
-    sides, crop = (min(size, height), min(size, width)), tuple(predictor.cfg.INPUT.CROP_SIZE)
-    scale = min(1.0, crop[0] / sides[0], crop[1] / sides[1]) if predictor.cfg.INPUT.FIT_CROP else 1.0
-    mapper = PanopticTestMapper(size=crop if scale < 1 else None)
+    sides, crop, scale = (min(size, height), min(size, width)), predictor.cfg.INPUT.CROP_SIZE, 1.0
+    if predictor.cfg.INPUT.FIT_CROP:
+        of_whole, of_tile = (min(crop[0] / y, crop[1] / x) for y, x in ((height, width), sides))
+        scale = max(of_whole, min(1.0, of_tile))
+    mapper = PanopticTestMapper(size=(round(scale * sides[0]), round(scale * sides[1])))
     of_tiles = type(predictor)(predictor.cfg, _without_limits(predictor.model))
     joiner, classes = TileJoiner(height, width), torch.zeros(height, width, dtype=torch.int16)
-    rows, columns = _spans(height, size, overlap), _spans(width, size, overlap)
+    step = STRIDE / scale  # so that the network's coarsest map is that of the whole image
+    rows, columns = (_spans(side, size, overlap, step) for side in (height, width))
     for (top, above), (left, before) in tqdm(
         list(itertools.product(rows, columns)), "tiles", leave=False, disable=None
     ):
@@ -145,10 +152,14 @@ def segment_tiles(predictor: Predictor, image: np.ndarray, size: int, overlap: i
     )
 
 
-def _spans(length: int, size: int, overlap: int) -> list[tuple[int, int]]:
-    """Returns for each of evenly spaced tiles where it begins and how many pixels it shares with the one before."""
-    count = max(1, -(-(length - overlap) // (size - overlap)))
-    begins = [round(index * (length - size) / max(1, count - 1)) for index in range(count)]
+def _spans(length: int, size: int, overlap: int, step: float = 1.0) -> list[tuple[int, int]]:
+    """Returns for each tile along an axis where it begins, and how many pixels it shares with the one before.
+
+    Tiles begin at multiples of `step` pixels, evenly spaced; the last one may be smaller by less than that.
+    """
+    last = max(0, math.ceil((length - size) / step))
+    gaps = math.ceil(last / max(1, (size - overlap) // step))
+    begins = [round(round(index * last / max(1, gaps)) * step) for index in range(gaps + 1)]
     return [(begin, max(0, before + size - begin)) for before, begin in zip([-size, *begins], begins, strict=False)]
 
 

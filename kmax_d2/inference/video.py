@@ -20,6 +20,9 @@ FORMATS = {
     ".mp4": ("mp4v", (8 + len(MARK)).to_bytes(4, "big") + b"free"),
 }
 DEFAULT_RATE = 25.0  # frames a second where the source does not say
+# What OpenCV and FFmpeg say on the terminal about a damaged file, the UserError says in a line.
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+(getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel)(0)
 
 
 class VideoReader:
