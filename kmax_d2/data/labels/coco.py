@@ -10,7 +10,7 @@ from typing import Any
 import pycocotools.mask as mask_util
 
 from ...errors import UserError
-from .paint import Item, Labels, Shape, Size, categories_of, corners_of, join
+from .paint import Item, Labels, Shape, Size, categories_of, corners_of
 
 
 def draw(annotation: dict, names: dict[int, str], size: Size) -> list[Shape]:
@@ -27,8 +27,9 @@ def draw(annotation: dict, names: dict[int, str], size: Size) -> list[Shape]:
             mask = mask_util.frPyObjects(mask, *size)
     else:
         mask = mask_util.merge(mask_util.frPyObjects([corners_of(part).ravel().tolist() for part in mask], *size))
-    shape = join(names[annotation["category_id"]], [(0, 0, mask_util.decode(mask).astype(bool))], size)
-    return [shape._replace(crowd=bool(annotation.get("iscrowd", 0)))]
+    left, top, width, height = map(int, mask_util.toBbox(mask))
+    mask = mask_util.decode(mask)[top : top + height, left : left + width] > 0
+    return [Shape(names[annotation["category_id"]], left, top, mask, crowd=bool(annotation.get("iscrowd", 0)))]
 
 
 def read(file: Path, content: dict, images: Path | None, _: Path | None = None) -> Labels:

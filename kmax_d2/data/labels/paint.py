@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ class Shape(NamedTuple):
     """A labeled region: `mask` (h, w), bool, whose first pixel is at (left, top) of the image.
 
     A `whole` region is all of a class, whose instances, if it has any, are its connected components. One `under` the
-    others is covered by them whatever its size.
+    others is covered by them whatever its size. Regions of a class with the same `group` other than 0 are one object.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Shape(NamedTuple):
     crowd: bool = False
     whole: bool = False
     under: bool = False
+    group: int = 0
 
 
 Drawn = partial[list[Shape]]  # takes the image's size; may raise any of BAD
@@ -91,19 +92,14 @@ def fill(polygon: Any, size: Size) -> Region:
     return int(left), int(top), mask > 0
 
 
-def join(name: str, regions: Sequence[Region], size: Size) -> Shape:
-    """Returns the union of regions, which may reach beyond the image, as one shape."""
-    union = np.zeros(size, bool)
-    for left, top, mask in regions:
-        x, y = max(0, -left), max(0, -top)
-        window = union[top + y : top + len(mask), left + x : left + mask.shape[1]]
-        window |= mask[y : y + window.shape[0], x : x + window.shape[1]]
-    left, top, width, height = cv2.boundingRect(union.view(np.uint8))
-    return Shape(name, left, top, union[top : top + height, left : left + width])
-
-
 def _draw_group(parts: list[dict], region: Callable[[dict, Size], Region], size: Size) -> list[Shape]:
-    return [join(parts[0]["label"], [region(part, size) for part in parts], size)]
+    shapes = []
+    for part in parts:
+        left, top, mask = region(part, size)
+        x, y = max(0, -left), max(0, -top)  # a mask may reach beyond the image
+        mask = mask[y : max(0, size[0] - top), x : max(0, size[1] - left)]
+        shapes.append(Shape(part["label"], left + x, top + y, mask, group=1 + parts[0]["number"]))
+    return shapes
 
 
 def grouped(
@@ -138,9 +134,10 @@ def paint(
     split.sort(key=lambda shape: (not shape.under, not shape.crowd, -int(shape.mask.sum())))
     ids = np.zeros(size, np.int32)
     painted: dict[int, Shape] = {}
-    stuff: dict[str, int] = {}
+    known: dict[tuple[str, int], int] = {}
     for number, shape in enumerate(split, start=1):
-        id_ = number if shape.name in things else stuff.setdefault(shape.name, number)
+        is_own = shape.name in things and not shape.group
+        id_ = number if is_own else known.setdefault((shape.name, shape.group * (shape.name in things)), number)
         id_ = 0 if shape.name in void else id_
         painted[id_] = shape
         height, width = shape.mask.shape
