@@ -41,16 +41,14 @@ def outlines(mask):
     return found
 
 
-def to_coco(source, folder, polygons=False):
-    """Run lengths, or polygons along the pixels' outer edges (of which holes are lost)."""
+def to_coco(source, folder):
+    """Run lengths."""
     names, *samples = panoptic(*source)
     annotations = []
     for _, image, ids, segments in samples:
         for id_, name in segments:
             rle = mask_util.encode(np.asfortranarray(ids == id_, dtype=np.uint8))
             mask = {"size": rle["size"], "counts": rle["counts"].decode()}
-            if polygons:
-                mask = [(part + 0.5).ravel().tolist() for part in outlines(ids == id_)]
             number = {"id": len(annotations) + 1, "image_id": image["id"], "iscrowd": 0}
             annotations.append(number | {"category_id": names.index(name) + 1, "segmentation": mask})
     categories = [{"id": index, "name": name} for index, name in enumerate(names, start=1)]

@@ -89,7 +89,7 @@ def test_round_trip(source, folder, tmp_path, format_):
 
 def test_coco_polygons_and_crowds(source, tmp_path):
     """Polygons are as pycocotools fills them; a crowd is below the others, and is one."""
-    file = label_formats.to_coco(source, tmp_path, polygons=True)
+    file = label_formats.to_coco(source, tmp_path)
     content = json.loads(file.read_text())
     box = [5, 5, 60, 5, 60, 60, 5, 60]
     whole = {"size": [144, 144], "counts": [0, 144 * 144]}
