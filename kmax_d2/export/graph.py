@@ -96,7 +96,7 @@ def merge(
     above = (small > merging.pixel_threshold).to(small.dtype)
     mask_score = (small * above).sum(2) / above.sum(2).clamp_min(1)
     priority = confidence**merging.class_power * mask_score**merging.mask_power
-    order = priority.sort(dim=1, descending=True, stable=True).indices
+    order = priority.sort(dim=1, descending=True).indices
 
     pairs = _count((masks[:, 0] * (queries + 1) + masks[:, 1]).flatten(1), (queries + 1) ** 2)
     pairs = pairs.unflatten(1, (queries + 1, queries + 1))
