@@ -101,9 +101,9 @@ def merge(
     pairs = _count((masks[:, 0] * (queries + 1) + masks[:, 1]).flatten(1), (queries + 1) ** 2)
     pairs = pairs.unflatten(1, (queries + 1, queries + 1))
     area = (pairs.sum(2) + pairs.sum(1))[:, :-1].gather(1, order)
-    overlap = (pairs + pairs.transpose(1, 2))[:, :-1, :-1]
-    overlap = overlap.gather(1, order[..., None].expand(-1, -1, queries))
-    overlap = overlap.gather(2, order[:, None].expand(-1, queries, -1)).tril(-1)  # of each rank with those before it
+    ranked = F.one_hot(order, queries).to(pairs.dtype)  # a permutation, since not all runtimes can gather from a matrix
+    overlap = ranked @ (pairs + pairs.transpose(1, 2))[:, :-1, :-1] @ ranked.transpose(1, 2)
+    overlap = overlap.tril(-1)  # of each rank with those before it
 
     # From here on in order of rank.
     ranked_class, score = query_class.gather(1, order), confidence.gather(1, order)
