@@ -44,6 +44,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             metavar="DIR",
             help="write the predictions of an evaluation to this folder, in the formats of the benchmark servers",
         )
+        each.add_argument(
+            "--freeze", metavar="PARTS", help="parts that do not learn, such as backbone or backbone,pixel_decoder"
+        )
+        each.add_argument(
+            "--scale-schedule",
+            type=int,
+            metavar="BATCH",
+            help="images of a step; scales the learning rate with it, and the numbers of iterations inversely",
+        )
     parser.set_defaults(dist_url=None)
     # Detectron2's parser takes everything after the first config option for options; ours may follow them.
     args, rest = ours.parse_known_args(argv)
@@ -53,6 +62,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.dist_url = args.dist_url or "auto"  # a free port, so that several runs do not meet at one
     if args.save_predictions:
         args.opts = ["MODEL.KMAX.TEST.SAVE_PREDICTIONS", args.save_predictions, *args.opts]
+    if args.freeze:
+        args.opts = ["SOLVER.FREEZE", args.freeze.split(","), *args.opts]
     return args
 
 
@@ -69,6 +80,7 @@ def run(args: argparse.Namespace) -> None:
         trainer.resume_or_load(resume=args.resume)
         trainer.train()
         return
+    Trainer.require_test_data(cfg)
     model = Trainer.build_model(cfg)
     checkpointer = KMaXCheckpointer(model, save_dir=cfg.OUTPUT_DIR, complete=True)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)

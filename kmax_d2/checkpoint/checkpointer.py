@@ -83,7 +83,8 @@ class KMaXCheckpointer(DetectionCheckpointer):
             except (OSError, RuntimeError) as error:  # PyTorch may turn the one into the other
                 size = sum(leaf.nbytes for leaf in tree_leaves(data) if isinstance(leaf, torch.Tensor))
                 raise OSError(f"{getattr(error, 'strerror', error)}; it needs {size / 1e3:.0f} kB") from error
-        self.tag_last_checkpoint(file.name)
+        if _OF_TRAINING.fullmatch(file.name):  # not the best, which lacks the training state
+            self.tag_last_checkpoint(file.name)
         if self.keep:
             for old in sorted(file.parent.glob("model_[0-9]*[0-9].pth"))[: -self.keep]:
                 old.unlink()

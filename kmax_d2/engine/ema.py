@@ -46,13 +46,18 @@ class WeightAverage(HookBase):
     def before_train(self) -> None:
         """Starts the average at the current weights, unless a checkpoint restored it."""
         if not self._restored:
-            self._ema.set(_unwrapped(self.trainer.model))
+            self._ema.set(unwrapped(self.trainer.model))
 
     def after_step(self) -> None:
         """Updates the average, and writes it after the last step."""
         step = self.trainer.iter + 1
-        self._ema.update(_unwrapped(self.trainer.model), step=step)
-        if step == self.trainer.max_iter and comm.is_main_process():
+        self._ema.update(unwrapped(self.trainer.model), step=step)
+        if step == self.trainer.max_iter:
+            self.save()
+
+    def save(self) -> None:
+        """Writes the average as a checkpoint, in the main process."""
+        if comm.is_main_process():
             with whole_file(self._file) as unfinished:
                 torch.save({"model": self.model.state_dict()} | self._origin, unfinished)
 
@@ -66,5 +71,6 @@ class WeightAverage(HookBase):
         self._restored = True
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Returns a model without its wrapper for several processes."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

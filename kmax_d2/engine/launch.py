@@ -84,7 +84,8 @@ def _run_in_torchrun(function: Callable, args: tuple) -> None:
         on_gpu = torch.cuda.is_available()
         backend = "nccl" if on_gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=DEFAULT_TIMEOUT)
-        comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+        # As comm.create_local_process_group does, which Detectron2's 0.6 release lacks.
+        comm._LOCAL_PROCESS_GROUP, _ = dist.new_subgroups(int(os.environ["LOCAL_WORLD_SIZE"]))
         if on_gpu:
             torch.cuda.set_device(comm.get_local_rank())
         comm.synchronize()

@@ -1,27 +1,64 @@
-"""AdamW with weight decay on kernels only, and a polynomial learning rate schedule with linear warmup."""
+"""What learns and how fast: AdamW with weight decay on kernels only, linear warmup, and polynomial decay."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from detectron2.config import CfgNode
+from detectron2.engine import HookBase
 from detectron2.solver import LRMultiplier, get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from fvcore.common.param_scheduler import CompositeParamScheduler, LinearParamScheduler, PolynomialDecayParamScheduler
 from torch import nn
 
+from ..errors import UserError
+
 # Last part of the names of parameters that are not kernels; biases and norms are known to Detectron2.
-_NO_DECAY = ("centers", "query_positions", "key_positions", "value_positions", "gamma")
+_NO_DECAY = (
+    *("centers", "query_positions", "key_positions", "value_positions", "gamma", "gamma_1", "gamma_2", "pos_embed"),
+    *("cls_token", "reg_token", "q_bias", "v_bias"),
+)
+
+
+class Freeze(HookBase):
+    """Keeps parts of a model as they are (SOLVER.FREEZE): no gradients, and batch norms in evaluation mode.
+
+    Create it before the model is compiled or wrapped for several processes. Raises UserError if nothing is left to
+    learn.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str]):
+        self.parts = [part for name in names if (part := getattr(model, name, None)) is not None]
+        for part in self.parts:
+            part.requires_grad_(False)
+        if not any(weight.requires_grad for weight in model.parameters()):
+            raise UserError(f"SOLVER.FREEZE {', '.join(names)} leaves nothing to learn")
+
+    def before_step(self) -> None:
+        """An evaluation puts the whole model back into training mode."""
+        for part in self.parts:
+            part.eval()
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Builds AdamW with the options of SOLVER.
 
-    The backbone's learning rate, and with it its effective decay, is multiplied by SOLVER.BACKBONE_MULTIPLIER.
+    The backbone's learning rate, and with it its effective decay, is multiplied by SOLVER.BACKBONE_MULTIPLIER, and in a
+    KMaXViT by SOLVER.LAYER_DECAY for each layer above. The pyramid of that learns as the decoders do.
     """
     solver = cfg.SOLVER
+    layers_above = getattr(getattr(model, "backbone", None), "layers_above", None)
+    if solver.LAYER_DECAY < 1 and layers_above is None:
+        raise UserError(f"SOLVER.LAYER_DECAY is for KMaXViT, not for {cfg.MODEL.BACKBONE.NAME}: leave it out")
 
     def factor(name: str) -> float:
-        return solver.BACKBONE_MULTIPLIER if "backbone." in name else 1.0
+        if "backbone." not in name:
+            return 1.0
+        if layers_above is None:
+            return solver.BACKBONE_MULTIPLIER
+        above = layers_above.get(name.partition("backbone.")[2])
+        return 1.0 if above is None else solver.BACKBONE_MULTIPLIER * solver.LAYER_DECAY**above
 
     groups = get_default_optimizer_params(
         model,

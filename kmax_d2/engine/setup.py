@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import nn
@@ -21,7 +22,6 @@ from ..checkpoint.download import download, is_address
 from ..checkpoint.origin import merge_checkpoint
 from ..data.datasets import coco_panoptic
 from ..errors import UserError, did_you_mean
-from ..files import own_folder
 from ..options import check, default_config, merge_file, merge_pairs, set_test_size
 from ..speed import inference_model
 
@@ -100,11 +100,31 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """Returns the :func:`ready_config` of the parsed command line of train_net.py."""
     if args.config_file:
         args.config_file = str(config_file(args.config_file))  # Detectron2 reads the file too, for its log
-    own = (("DATASETS.OWN_TRAIN", args.train_data), ("DATASETS.OWN_TEST", args.test_data))
-    overrides = [part for name, files in own if files for part in (name, files)]
+    own = {"DATASETS.OWN_TRAIN": args.train_data, "DATASETS.OWN_TEST": args.test_data}
+    overrides = [part for name, files in own.items() if files for part in (name, files)]
     cfg = ready_config(args.config_file, args.opts, overrides)
-    for name in cfg.DATASETS.TEST if cfg.MODEL.KMAX.TEST.SAVE_PREDICTIONS else ():
-        own_folder(Path(cfg.MODEL.KMAX.TEST.SAVE_PREDICTIONS) / name)  # before the time it takes to predict
+    batch = getattr(args, "scale_schedule", None)
+    return cfg if batch is None else scale_schedule(cfg, batch)
+
+
+def scale_schedule(cfg: CfgNode, batch: int) -> CfgNode:
+    """Returns a frozen config for steps of `batch` images that sees as many images in all.
+
+    The learning rate changes with the batch (https://arxiv.org/abs/1706.02677), and numbers of iterations inversely.
+    Raises UserError for a batch below 1, and if an option no longer fits.
+    """
+    if batch < 1:
+        raise UserError(f"--scale-schedule is {batch}, but must be the images of a step, at least 1")
+    cfg = cfg.clone()
+    cfg.defrost()
+    solver = cfg.SOLVER
+    kept = {name: solver[name] for name in ("REFERENCE_WORLD_SIZE", "STEPS")}
+    solver.EMA.DECAY **= batch / solver.IMS_PER_BATCH
+    solver.REFERENCE_WORLD_SIZE = solver.IMS_PER_BATCH  # as if each image had a process
+    cfg = DefaultTrainer.auto_scale_workers(cfg, batch)
+    cfg.SOLVER.update(kept)
+    check(cfg)
+    cfg.freeze()
     return cfg
 
 

@@ -7,11 +7,12 @@ import logging
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data import DatasetFromList, MetadataCatalog, build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.engine.hooks import EvalHook
@@ -38,12 +39,16 @@ from ..data import (
 from ..data.check import require_readable
 from ..errors import HideUserErrors, UserError
 from ..evaluation import build_evaluator, require_evaluation
+from ..options import check
 from ..speed import training_model, use_precision
-from .ema import WeightAverage
-from .optimizer import build_lr_scheduler, build_optimizer
+from ..visualization import result_page
+from .best import EndedEarly, KeepBest
+from .diagnosis import explain_memory
+from .ema import WeightAverage, unwrapped
+from .optimizer import Freeze, build_lr_scheduler, build_optimizer
 from .stop import StopOnSignal
 from .train_loop import TrainLoop
-from .writers import OptionalWriter
+from .writers import OptionalWriter, Progress, tracker
 
 
 class Trainer(DefaultTrainer):
@@ -58,12 +63,14 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
+        check(cfg)  # it may come from elsewhere than load_config
         cfg = cfg.clone()
         cfg.defrost()
         if cfg.SEED < 0:
             cfg.SEED = comm.shared_random_seed()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
+        self._freeze = Freeze(model, cfg.SOLVER.FREEZE)
         self.average = WeightAverage(model, cfg) if cfg.SOLVER.EMA.ENABLED else None
         model = training_model(model, cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -72,7 +79,7 @@ class Trainer(DefaultTrainer):
         device_ids = [comm.get_local_rank()] if on_gpu else None
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
         precision = cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "float32"
-        self._trainer = TrainLoop(model, data_loader, optimizer, cfg.SEED, precision)
+        self._trainer = TrainLoop(model, data_loader, optimizer, cfg.SEED, precision, cfg.SOLVER.ACCUMULATE)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = KMaXCheckpointer(
             model,
@@ -92,20 +99,47 @@ class Trainer(DefaultTrainer):
         return self.model if self.average is None else self.average.model
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Returns Detectron2's hooks and those for signals and averaged weights.
+        """Returns Detectron2's hooks and this project's, most of them after the evaluation.
 
         Averaged weights are updated before they are saved and evaluated.
         """
-        hooks = super().build_hooks()
-        evaluation = next(index for index, hook in enumerate(hooks) if isinstance(hook, EvalHook))
-        if self.average is not None:
-            hooks.insert(evaluation + 1, EvalHook(self.cfg.TEST.EVAL_PERIOD, self._test_average))
-        hooks.insert(evaluation, StopOnSignal())
-        return [self.average, *hooks]
+        cfg, hooks = self.cfg, super().build_hooks()
+        at = next(index for index, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+        average = self.average and EvalHook(cfg.TEST.EVAL_PERIOD, self._test_average)
+        pictures = EvalHook(cfg.TEST.EVAL_PERIOD, self._draw) if cfg.TEST.PICTURES else None
+        best = KeepBest(cfg, self.final_model) if cfg.TEST.EVAL_PERIOD and cfg.SOLVER.BEST_METRIC else None
+        own = [StopOnSignal(), hooks[at], average, pictures, best]
+        return [self._freeze, self.average, *hooks[:at], *own, *hooks[at + 1 :]]
 
     def build_writers(self) -> list[EventWriter]:
-        """Returns Detectron2's writers; one that fails, on a full disk for example, does not end the run."""
-        return [w if isinstance(w, CommonMetricPrinter) else OptionalWriter(w) for w in super().build_writers()]
+        """Returns Detectron2's writers, with a line of our own, and trackers; one that fails does not end the run."""
+        writers = [w for w in super().build_writers() if not isinstance(w, CommonMetricPrinter)]
+        writers += [tracker(name, self.cfg) for name in self.cfg.SOLVER.TRACKERS]
+        return [Progress(self.max_iter, self.cfg.SOLVER.IMS_PER_BATCH), *map(OptionalWriter, writers)]
+
+    def run_step(self) -> None:
+        """Runs one iteration. Raises UserError if memory runs out, or if a loss or a gradient is not finite."""
+        try:
+            super().run_step()
+        except RuntimeError as error:
+            raise explain_memory(error, self.cfg) from error
+
+    def save_final(self) -> None:
+        """Saves a checkpoint as after the last iteration."""
+        self.checkpointer.save("model_final", iteration=self.iter)
+        if self.average is not None:
+            self.average.save()
+
+    def _draw(self) -> None:
+        """Draws the predictions on some test images, always the same ones, for TensorBoard."""
+        names = self.cfg.DATASETS.TEST
+        if not names or not comm.is_main_process():
+            return
+        records = get_detection_dataset_dicts(names[0], filter_empty=False)
+        with use_precision(self.cfg.MODEL.KMAX.TEST.PRECISION, self.cfg.MODEL.DEVICE):
+            for record in records[:: max(1, len(records) // self.cfg.TEST.PICTURES)][: self.cfg.TEST.PICTURES]:
+                page = result_page(unwrapped(self.final_model), record, MetadataCatalog.get(names[0]))
+                self.storage.put_image(f"predictions/{Path(record['file_name']).stem}", page.transpose(2, 0, 1))
 
     def _test_average(self) -> dict:
         """Evaluates the averaged weights after the raw ones; task "ema/sem_seg" stands beside "sem_seg"."""
@@ -122,15 +156,13 @@ class Trainer(DefaultTrainer):
         Returns:
             the results of the last evaluation, in the main process; empty if a subclass left evaluation out.
         """
-        if comm.is_main_process():
-            for name in self.cfg.DATASETS.TEST:
-                require_evaluation(self.cfg, name)
-                with _needs_files_of([name]):
-                    require_readable([name], get_detection_dataset_dicts(name, filter_empty=False))
+        self.require_test_data(self.cfg)
         log, hide = logging.getLogger(TrainerBase.__module__), HideUserErrors()
         log.addFilter(hide)
         try:
             super().train()
+        except EndedEarly:
+            pass
         finally:
             log.removeFilter(hide)
         return getattr(self, "_last_eval_results", {})
@@ -149,6 +181,14 @@ class Trainer(DefaultTrainer):
             self.cfg.SEED = loop.seed
             loop.data_loader = self.build_train_loader(self.cfg)
         skip_samples(loop.data_loader, loop.samples)
+
+    @classmethod
+    def require_test_data(cls, cfg: CfgNode) -> None:
+        """Raises UserError for what would end an evaluation only after its predictions. The main process looks."""
+        for name in cfg.DATASETS.TEST if comm.is_main_process() else ():
+            require_evaluation(cfg, name)
+            with _needs_files_of([name]):
+                require_readable([name], get_detection_dataset_dicts(name, filter_empty=False))
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import timm
 import torch
@@ -13,7 +13,7 @@ from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
-from timm.layers import Format, convert_sync_batchnorm
+from timm.layers import Format, convert_sync_batchnorm, freeze_batch_norm_2d
 from torch import nn
 
 from ...errors import UserError, did_you_mean
@@ -36,7 +36,8 @@ class KMaXTimm(Backbone):
         name: timm's name of the model, with or without a tag of weights.
         pretrained: whether to start from timm's weights, downloaded once.
         required: names of the maps that the model must have.
-        norm: "SyncBN" synchronises the model's batch norms; with any other name they stay timm's, of one process.
+        norm: "SyncBN" synchronises the model's batch norms, "FrozenBN" freezes them; with any other name they stay
+            timm's, of one process.
 
     Raises:
         UserError: if timm has no such model or weights, or the model does not give the maps at such sizes.
@@ -54,9 +55,15 @@ class KMaXTimm(Backbone):
         norm: str = "SyncBN",
     ):
         super().__init__()
-        self.net = _create(name, pretrained)
+        try:
+            self.net = create_timm(name, pretrained, features_only=True, strict_img_size=False)  # windows at any size
+        except TypeError:  # no such argument
+            self.net = create_timm(name, pretrained, features_only=True)
+        # timm's own conversions keep the activations inside its norms.
         if norm == "SyncBN":
-            self.net = convert_sync_batchnorm(self.net)  # timm's own keeps the activations inside its norms
+            self.net = convert_sync_batchnorm(self.net)
+        elif norm == "FrozenBN":
+            self.net = freeze_batch_norm_2d(self.net)
         info = self.net.feature_info
         # Of several maps with one stride the last, the deepest, counts.
         self.index = {STAGES[s]: index for index, s in enumerate(info.reduction()) if s in STAGES}
@@ -70,10 +77,7 @@ class KMaXTimm(Backbone):
         self._out_features = list(self.index)
         self._out_feature_channels = {stage: info.channels()[index] for stage, index in self.index.items()}
         self._out_feature_strides = {stage: stride for stride, stage in STAGES.items() if stage in self.index}
-        # (x + 1) / 2 is the image from 0 to 1, of which timm takes the mean and divides by the deviation.
-        mean, std = (torch.tensor(self.net.pretrained_cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
-        self.register_buffer("scale", 0.5 / std, persistent=False)
-        self.register_buffer("shift", (0.5 - mean) / std, persistent=False)
+        self.scaling = InputScaling(self.net.pretrained_cfg)
         self.multiple = self._fitting_multiple(name)
 
     @classmethod
@@ -106,7 +110,7 @@ class KMaXTimm(Backbone):
         raise UserError(f"timm's {name} does not take images of 32k + 1 pixels a side: {reason}")
 
     def _maps(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        outputs = self.net(x * self.scale + self.shift)
+        outputs = self.net(self.scaling(x))
         if getattr(self.net, "output_fmt", Format.NCHW) == Format.NHWC:
             outputs = [value.permute(0, 3, 1, 2) for value in outputs]
         return {stage: outputs[index] for stage, index in self.index.items()}
@@ -118,24 +122,46 @@ class KMaXTimm(Backbone):
         """
         if self.multiple == 1:
             return self._maps(x)
-        height, width = x.shape[-2:]
-        maps = self._maps(F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple)))
-        for stage, stride in self._out_feature_strides.items():
-            maps[stage] = maps[stage][..., : (height - 1) // stride + 1, : (width - 1) // stride + 1]
-        return maps
+        return crop_maps(self._maps(pad_to_multiple(x, self.multiple)), self._out_feature_strides, x.shape[-2:])
 
 
-def _create(name: str, pretrained: bool) -> nn.Module:
-    """Builds timm's model, which returns the list of its maps. Raises UserError if timm cannot build it."""
+class InputScaling(nn.Module):
+    """An image (B, 3, H, W) scaled to ±1 to what a model of timm sees; (x + 1) / 2 is the image from 0 to 1."""
+
+    def __init__(self, pretrained_cfg: Mapping[str, Any]):
+        super().__init__()
+        mean, std = (torch.tensor(pretrained_cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
+        self.register_buffer("scale", 0.5 / std, persistent=False)
+        self.register_buffer("shift", (0.5 - mean) / std, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) to the same shape."""
+        return x * self.scale + self.shift
+
+
+def pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:
+    """Pads (B, C, H, W) with zeros at the bottom and right, to sides that are multiples."""
+    return F.pad(x, (0, -x.shape[-1] % multiple, 0, -x.shape[-2] % multiple))
+
+
+def crop_maps(
+    maps: dict[str, torch.Tensor], strides: Mapping[str, int], size: Sequence[int]
+) -> dict[str, torch.Tensor]:
+    """Cuts maps (B, C, h, w) to (side - 1) / stride + 1 positions for each side of an image of this size."""
+    height, width = size
+    return {
+        name: x[..., : (height - 1) // strides[name] + 1, : (width - 1) // strides[name] + 1]
+        for name, x in maps.items()
+    }
+
+
+def create_timm(name: str, pretrained: bool, **options: Any) -> nn.Module:
+    """Builds timm's model with options of its `create_model`. Raises UserError if timm cannot build it."""
     if not timm.is_model(name):
         raise UserError(f"MODEL.KMAX.TIMM.NAME: timm has no model {name}{did_you_mean(name, timm.list_models())}")
-    create = functools.partial(timm.create_model, name, pretrained=pretrained, features_only=True)
     try:
         with quick_hugging_face() if pretrained else contextlib.nullcontext():
-            try:
-                return create(strict_img_size=False)  # windowed attention at any size
-            except TypeError:  # no such argument
-                return create()
+            return timm.create_model(name, pretrained=pretrained, **options)
     except OSError as error:
         raise UserError(
             f"timm's weights of {name} cannot be downloaded: set MODEL.KMAX.TIMM.PRETRAINED False, or run again where "

@@ -1,0 +1,73 @@
+"""Keeps the best weights, and ends the training when they get no better."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine.hooks import BestCheckpointer
+from detectron2.utils import comm
+from torch import nn
+
+from ..checkpoint import KMaXCheckpointer
+from ..checkpoint.origin import describe_model
+
+logger = logging.getLogger(__name__)
+
+
+class EndedEarly(BaseException):
+    """The training ends as after its last iteration; not an error."""
+
+
+class KeepBest(BestCheckpointer):
+    """Saves the weights of the best SOLVER.BEST_METRIC as model_best.pth, and ends the training after SOLVER.PATIENCE.
+
+    With averaged weights, these are what is saved, by their own metric. A resumed run reads from the file which metric
+    is the best so far, and since when. Register it after the evaluations, in every process.
+
+    Args:
+        cfg: a config, of which SOLVER, TEST.EVAL_PERIOD, and OUTPUT_DIR are read.
+        model: the model whose weights are saved.
+    """
+
+    def __init__(self, cfg: CfgNode, model: nn.Module):
+        metric = "ema/" * cfg.SOLVER.EMA.ENABLED + cfg.SOLVER.BEST_METRIC
+        super().__init__(
+            cfg.TEST.EVAL_PERIOD, KMaXCheckpointer(model, cfg.OUTPUT_DIR, origin=describe_model(cfg)), metric
+        )
+        self._patience = cfg.SOLVER.PATIENCE * cfg.TEST.EVAL_PERIOD  # in iterations
+        self._file = Path(cfg.OUTPUT_DIR, "model_best.pth")
+
+    def before_train(self) -> None:
+        """Takes over the best metric of the run that is resumed."""
+        if self.trainer.start_iter and self._file.is_file():
+            saved = torch.load(self._file, map_location="cpu", weights_only=True, mmap=True)
+            self.best_metric, self.best_iter = saved.get(self._val_metric), saved["iteration"]
+        if self._patience:
+            self._end_if_impatient(self.trainer.start_iter - 1)
+
+    def after_step(self) -> None:
+        """Saves after an evaluation, and ends the training if enough of them gave nothing better."""
+        super().after_step()
+        following = self.trainer.iter + 1
+        if self._patience and following % self._period == 0 and following != self.trainer.max_iter:
+            self._end_if_impatient(self.trainer.iter, save=True)
+
+    def _best_checking(self) -> None:
+        """Compares the newest metric with the best one, where Detectron2's hook does."""
+        value, iteration = self.trainer.storage.latest().get(self._val_metric, (math.nan, 0))
+        if math.isfinite(value) and (self.best_metric is None or value > self.best_metric):
+            self._update_best(value, iteration)
+            self._checkpointer.save("model_best", iteration=iteration, **{self._val_metric: value})
+            logger.info(f"the best so far: {self._val_metric} is {value:.2f}")
+
+    def _end_if_impatient(self, iteration: int, save: bool = False) -> None:
+        waited = self.best_iter is not None and iteration - self.best_iter >= self._patience
+        if any(comm.all_gather(waited)):  # only the main process knows the metric
+            logger.info(f"no better {self._val_metric} for {self._patience} iterations: the training ends")
+            if save:
+                self.trainer.save_final()
+            raise EndedEarly
