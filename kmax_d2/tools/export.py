@@ -43,7 +43,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..export import NetworkGraph, PanopticGraph
-from ..files import require_own, whole_file
+from ..files import whole_file
 from ..images import images_in, read_rgb
 from ..inference import load
 
@@ -60,7 +60,7 @@ def imported(name: str) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Leaves out what the exporters say about their own insides."""
     logging.disable(logging.WARNING)
     try:
@@ -138,17 +138,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = PARSER.parse(argv)
     check(args)
     weights_file = args.output.with_suffix(".bin")  # of OpenVINO
-    require_own([args.output], args.overwrite or args.output.suffix == ".xml")
+    for file in (args.output, weights_file) if args.format == "openvino" else (args.output,):
+        if file.exists() and not args.overwrite:
+            raise UserError(f"{file} exists: choose another name, or add --overwrite")
     predict = load(args.config_file, device="cpu", precision="float32", compile="", options=args.opts)
     args.size = tuple(args.size or predict.cfg.INPUT.CROP_SIZE)
     dtype = getattr(torch, args.precision) if args.format != "openvino" and "float" in args.precision else torch.float32
     graph = (PanopticGraph if args.what == "panoptic" else NetworkGraph)(predict.model, dtype).eval()
     example = torch.randint(0, 256, (2 if args.dynamic else 1, *args.size, 3), dtype=torch.uint8)
-    with whole_file(args.output) as unfinished, torch.no_grad(), _quiet():
+    with whole_file(args.output) as unfinished, torch.no_grad(), quiet():
         write(graph, args, example, unfinished)
         if unfinished.with_suffix(".bin").exists():
             unfinished.with_suffix(".bin").replace(weights_file)
-    print(f"{args.what} of {args.config_file} for {args.format}: {args.output} ({args.output.stat().st_size >> 10} KiB)")
+    print(
+        f"{args.what} of {args.config_file} for {args.format}: {args.output} ({args.output.stat().st_size >> 10} KiB)"
+    )
 
 
 if __name__ == "__main__":
