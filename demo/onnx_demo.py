@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Segments an image with a file of `python -m kmax_d2.tools.export --format onnx`; needs neither PyTorch nor Detectron2.
+"""Segments an image with a file of `python -m kmax_d2.tools.export --format onnx`, without PyTorch or Detectron2.
 
 python demo/onnx_demo.py MODEL.onnx IMAGE OUTPUT.png [--size HEIGHT WIDTH]
 """

@@ -125,7 +125,7 @@ def test_the_demo_needs_no_pytorch(files, drawn, tmp_path):
     command = [sys.executable, "-c", WITHOUT_TORCH, script, files / "model.onnx", image, output]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    ((ids, segments),) = expected_of(drawn[:1])
+    ((_, segments),) = expected_of(drawn[:1])
     lines = [f"segment {s['id']}: class {s['category_id']}, score {s['score']:.2f}, " for s in segments]
     assert all(line.startswith(start) for line, start in zip(done.stdout.splitlines(), lines, strict=True))
     assert Image.open(output).size == SIZE[::-1]
