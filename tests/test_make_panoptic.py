@@ -1,6 +1,5 @@
 """Labels of every format come back as the panoptic data that they were written from; bad ones are named."""
 
-
 import cv2
 import label_formats
 import numpy as np

@@ -20,14 +20,14 @@ class NetworkGraph(nn.Module):
     They are padded to the next 32k + 1 pixels a side, and h = (H' - 1) / 4 + 1 of the padded height H', likewise w.
 
     Args:
-        model: in inference mode.
-        dtype: of the network's weights and activations; logits are float32.
+        model: in inference mode, with batch norms folded in this type.
+        dtype: of the network's products, by autocast; logits are float32.
     """
 
     def __init__(self, model: KMaXDeepLab, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.backbone, self.pixel_decoder = model.backbone.to(dtype), model.pixel_decoder.to(dtype)
-        self.transformer_decoder = model.transformer_decoder.to(dtype)
+        self.backbone, self.pixel_decoder = model.backbone, model.pixel_decoder
+        self.transformer_decoder = model.transformer_decoder
         self.dtype = dtype
         self.register_buffer("mean", model.pixel_mean.clone())
         self.register_buffer("std", model.pixel_std.clone())
@@ -35,8 +35,9 @@ class NetworkGraph(nn.Module):
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         height, width = images.shape[1:3]
         scaled = (images.permute(0, 3, 1, 2).float() - self.mean) / self.std
-        batch = F.pad(scaled, (0, padded_side(width) - width, 0, padded_side(height) - height)).to(self.dtype)
-        prediction, _ = self.transformer_decoder(self.pixel_decoder(self.backbone(batch)), False)
+        batch = F.pad(scaled, (0, padded_side(width) - width, 0, padded_side(height) - height))
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+            prediction, _ = self.transformer_decoder(self.pixel_decoder(self.backbone(batch)), False)
         return prediction.class_logits.float(), prediction.mask_logits.float()
 
 

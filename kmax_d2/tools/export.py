@@ -41,11 +41,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..engine import load_model
 from ..errors import UserError
 from ..export import NetworkGraph, PanopticGraph
 from ..files import whole_file
 from ..images import images_in, read_rgb
-from ..inference import load
+from ..inference.predictor import predictor_config
+from ..speed import fold_batch_norms
 
 OUTPUTS = {"panoptic": ["ids", "segments"], "network": ["class_logits", "mask_logits"]}
 MOST_SAMPLES = 128  # images that int8 measures activations on
@@ -105,16 +107,18 @@ def write(graph: nn.Module, args: Any, example: torch.Tensor, file: Path) -> Non
     if args.format == "torchscript":
         torch.jit.save(torch.jit.trace(graph, example, check_trace=False), file)
         return
-    model = to_onnx(graph, example, args.dynamic, OUTPUTS[args.what])
+    model, onnx = to_onnx(graph, example, args.dynamic, OUTPUTS[args.what]), imported("onnx")
     if args.format == "openvino":
-        model = imported("openvino").convert_model(model)
+        onnx.save(model, file.with_suffix(".onnx"))
+        model = imported("openvino").convert_model(file.with_suffix(".onnx"))
+        file.with_suffix(".onnx").unlink()
     if args.precision == "int8":
         nncf = imported("nncf")
         name = "images" if args.format == "onnx" else 0
         dataset = nncf.Dataset(samples(args.images, args.size), lambda image: {name: image})
         model = nncf.quantize(model, dataset, subset_size=MOST_SAMPLES)
     if args.format == "onnx":
-        imported("onnx").save(model, file)
+        onnx.save(model, file)
     else:
         imported("openvino").save_model(model, file, compress_to_fp16=args.precision == "float16")
 
@@ -141,10 +145,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for file in (args.output, weights_file) if args.format == "openvino" else (args.output,):
         if file.exists() and not args.overwrite:
             raise UserError(f"{file} exists: choose another name, or add --overwrite")
-    predict = load(args.config_file, device="cpu", precision="float32", compile="", options=args.opts)
-    args.size = tuple(args.size or predict.cfg.INPUT.CROP_SIZE)
+    cfg = predictor_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"])
+    args.size = tuple(args.size or cfg.INPUT.CROP_SIZE)
     dtype = getattr(torch, args.precision) if args.format != "openvino" and "float" in args.precision else torch.float32
-    graph = (PanopticGraph if args.what == "panoptic" else NetworkGraph)(predict.model, dtype).eval()
+    graph = (PanopticGraph if args.what == "panoptic" else NetworkGraph)(
+        fold_batch_norms(load_model(cfg).eval(), dtype), dtype
+    ).eval()
     example = torch.randint(0, 256, (2 if args.dynamic else 1, *args.size, 3), dtype=torch.uint8)
     with whole_file(args.output) as unfinished, torch.no_grad(), quiet():
         write(graph, args, example, unfinished)
