@@ -199,7 +199,7 @@ BAD = {
     "COCO: image": ("COCO", change_coco(image_id=99), "annotation 1: no image has the id 99"),
     "COCO: no mask": ("COCO", change_coco(segmentation=[]), "annotation 1: a box without a mask"),
     "COCO: mask": ("COCO", change_coco(segmentation={"size": [3, 3], "counts": [9]}), "annotation 1: its mask is 3×3"),
-    "COCO: counts": ("COCO", change_coco(segmentation={"size": [3, 3], "counts": "~"}), "annotation 1: its mask is"),
+    "COCO: counts": ("COCO", change_text("instances.json", '"counts": "', '"counts": "~~~'), "annotation 1: malformed"),
     "COCO: size": ("COCO", change_text("instances.json", '"height": 1', '"height": 9'), "its labels say"),
     "YOLO: two points": ("YOLO", prepend("labels/train/*.txt", "0 .1 .1 .5 .5"), "line 1: a polygon of 2 points"),
     "YOLO: class": ("YOLO", prepend("labels/train/*.txt", "9 .1 .1 .5 .5 .1 .5"), "line 1: the class 9 is not"),

@@ -24,6 +24,8 @@ def draw(annotation: dict, names: dict[int, str], size: Size) -> list[Shape]:
         if tuple(mask["size"]) != size:
             raise UserError(f"its mask is {mask['size'][1]}×{mask['size'][0]}, the image {size[1]}×{size[0]}")
         if isinstance(mask["counts"], list):
+            if sum(mask["counts"]) != size[0] * size[1]:
+                raise UserError("its run lengths do not add up to the image")
             mask = mask_util.frPyObjects(mask, *size)
     else:
         mask = mask_util.merge(mask_util.frPyObjects([corners_of(part).ravel().tolist() for part in mask], *size))
