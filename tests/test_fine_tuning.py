@@ -1,9 +1,11 @@
 """Training as people train: frozen parts, batches in parts, the best weights, an early end, and scaled schedules."""
 
 import json
+import logging
 import math
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from detectron2.utils.events import EventStorage
 from programs import TRAIN_NET, load, one_line
 from runs import arguments, write_own_data
 
+from kmax_d2.checkpoint.class_rows import OF_CLASSES, take_rows
 from kmax_d2.engine import Trainer, setup
 from kmax_d2.engine.diagnosis import explain_memory
 from kmax_d2.engine.writers import tracker
@@ -188,3 +191,51 @@ def test_the_line_of_a_run(own_data, tmp_path, caplog):
     trainer.train()
     last = json.loads((tmp_path / "metrics.json").read_text().splitlines()[0])
     assert last["images_per_second"] > 0 and last["memory_gb"] > 0.1
+
+
+def head(classes, first):
+    """Class heads of so many classes, whose rows are numbered from `first`; the semantic one has no void."""
+    rows = first + torch.arange(classes + 1.0)
+    return {"d.class_head.weight": rows[:, None].repeat(1, 3), "semantic_head.classifier.bias": rows[:-1]}
+
+
+@pytest.mark.parametrize(
+    ("names", "own_names", "expected"),
+    [
+        (["Car", "sky-other-merged", "tree"], ["sky", "dog", "car, auto"], [1, 101, 0, 3]),
+        (["a", "b"], ["c", "d"], [100, 101, 102]),  # as many, but others
+        (["a", "b"], ["a", "b"], [0, 1, 2]),
+        ([], ["person", "kite", "moon"], [0, 33, 102, 133]),  # weights published for COCO
+        ([], [], None),
+    ],
+)
+def test_rows_of_class_heads_go_to_the_classes_of_the_same_names(names, own_names, expected):
+    weights, own = head(len(names) or 133, 0), head(len(own_names), 100)
+    take_rows(weights, names, own, own_names)
+    if expected is not None:
+        assert weights["d.class_head.weight"][:, 1].tolist() == expected
+        assert weights["semantic_head.classifier.bias"].tolist() == expected[:-1]
+
+
+def test_a_checkpoint_of_other_classes_starts_a_training(own_data, tmp_path, caplog):
+    trainer_for(own_data, tmp_path / "first", tests=False, SOLVER__MAX_ITER=1).train()
+    content = json.loads(Path(own_data["train"][2]).read_text())
+    names = [category["name"] for category in content["categories"]]
+    for index, category in enumerate(content["categories"]):
+        category["name"] = names[1] if index == 1 else f"new {category['name']}"
+    file = tmp_path / "other.json"
+    file.write_text(json.dumps(content))
+    other = {"train": [*own_data["train"][:2], str(file)], "val": None}
+    weights = str(tmp_path / "first" / "model_final.pth")
+    trainer = trainer_for(other, tmp_path / "second", tests=False, MODEL__WEIGHTS=weights)
+    before = trainer.model.transformer_decoder.predictor.class_head.weight.clone()
+    with caplog.at_level(logging.INFO):
+        trainer.resume_or_load(resume=False)
+    assert f"take over 1 of {len(names)} classes ({names[1]})" in caplog.text
+    old = torch.load(weights, weights_only=True)["model"]
+    now = trainer.model.state_dict()
+    name = "transformer_decoder.predictor.class_head.weight"
+    same = [bool(now[name][row].equal(old[name][row])) for row in range(len(names) + 1)]
+    assert same == [row in (1, len(names)) for row in range(len(names) + 1)]
+    assert now[name][0].equal(before[0])
+    assert all(now[n].equal(old[n]) for n in old if not OF_CLASSES.fullmatch(n))
