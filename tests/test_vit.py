@@ -4,6 +4,7 @@ import pytest
 import small
 import timm
 import torch
+from saved_tensors import kept_bytes
 from scenes import sample
 from torch.nn import functional as F
 
@@ -11,6 +12,7 @@ from kmax_d2.engine import load_config
 from kmax_d2.engine.optimizer import build_optimizer
 from kmax_d2.errors import UserError
 from kmax_d2.modeling.backbones import KMaXTimm
+from kmax_d2.speed import checkpoint
 
 TINY = {"MODEL__BACKBONE__NAME": "KMaXTimm", "MODEL__KMAX__TIMM__NAME": "vit_tiny_patch16_224"}
 
@@ -58,6 +60,21 @@ def test_two_iterations_with_rates_that_fall_by_layer():
         optimizer.step()
     assert not torch.equal(before, vit.pos_embed)
     assert all(value.isfinite().all() for value in model.predict(torch.randint(256, (1, 3, 65, 97))).values())
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
+def test_blocks_are_checkpointed(name, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SMALLEST", 0)
+    net, image = KMaXTimm(name).net, torch.randn(1, 3, 64, 96)
+    gradients, kept = [], []
+    for prepare in (lambda x: x, checkpoint.checkpoint_blocks):
+        prepare(net)
+        net.zero_grad()
+        net(image)[0].square().sum().backward()
+        gradients.append(net.pyramid.net.vit.patch_embed.proj.weight.grad.clone())
+        kept.append(kept_bytes(lambda: net(image)[0]))
+    torch.testing.assert_close(*gradients)
+    assert kept[1] < 0.8 * kept[0]
 
 
 def test_layer_decay_needs_layers():
