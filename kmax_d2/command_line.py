@@ -18,6 +18,7 @@ class ConfigParser(argparse.ArgumentParser):
         doc: the program's docstring, shown by ``--help``.
         config_file: whether ``--config-file`` is required; None leaves it out.
         weights: whether there is ``--weights``.
+        data: whether there is ``--test-data``.
         overwrite: whether there is ``--overwrite``.
         options: "opts" for NAME VALUE pairs anywhere after the program's own positional arguments; "--opts" if they
             must follow that flag, because the program takes a list of something else.
@@ -29,6 +30,7 @@ class ConfigParser(argparse.ArgumentParser):
         *,
         config_file: bool | None = True,
         weights: bool = False,
+        data: bool = False,
         overwrite: bool = False,
         options: str | None = "opts",
     ):
@@ -39,12 +41,15 @@ class ConfigParser(argparse.ArgumentParser):
             self.add_argument("--config-file", required=config_file, metavar="FILE", help=text)
         if weights:
             self.add_argument("--weights", metavar="FILE", help="checkpoint; short for the option MODEL.WEIGHTS")
+        if data:
+            text = "your own data in COCO panoptic format; short for the option DATASETS.OWN_TEST"
+            self.add_argument("--test-data", nargs=3, metavar=("IMAGES", "PNGS", "JSON"), help=text)
         if overwrite:
             text = "write over files that kmax_d2 did not make"
             self.add_argument("--overwrite", action="store_true", help=text)
 
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        """Parses arguments, None for those of the process; ``--weights`` becomes one of the options in "opts"."""
+        """Parses arguments, None for the process's; ``--weights`` and ``--test-data`` become options in "opts"."""
         if self._options:  # now that the program has added its positional arguments, which come before
             text = "config options to change"
             self.add_argument(self._options, nargs="*", default=[], metavar="NAME VALUE", help=text)
@@ -54,6 +59,8 @@ class ConfigParser(argparse.ArgumentParser):
             report_errors()
         if getattr(args, "weights", None):
             args.opts = ["MODEL.WEIGHTS", args.weights, *args.opts]
+        if getattr(args, "test_data", None):
+            args.opts = ["DATASETS.OWN_TEST", args.test_data, *args.opts]
         return args
 
 

@@ -43,7 +43,7 @@ def output(name, ids, classes, segments):
         category = segment["category_id"]
         info.append({"id": index, "category_id": category, "isthing": category in things})
     found = [segment for segment in segments if segment["category_id"] in things]
-    masks = torch.stack([torch.from_numpy(ids == segment["id"]) for segment in found])
+    masks = torch.from_numpy(np.array([ids == s["id"] for s in found], dtype=bool).reshape(-1, *ids.shape))
     boxes = masks_to_boxes(masks)
     boxes[:, 2:] += 1
     instances = Instances(

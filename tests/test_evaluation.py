@@ -1,8 +1,9 @@
 """Evaluation by options, and of unusual datasets."""
 
+import csv
 import json
+import logging
 
-import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog
 from evaluated import evaluate, output_of
@@ -54,7 +55,39 @@ def test_a_dataset_of_things_alone_without_areas(dataset):
     register(content | {"categories": [category | {"isthing": 1} for category in content["categories"]]})
     results = evaluate_truth(folder)
     assert results["PQ"] == results["PQ_th"] == pytest.approx(100)
-    assert np.isnan(results["PQ_st"])
+    assert "PQ_st" not in results
+
+
+@pytest.mark.parametrize("isthing", [0, 1])
+def test_the_files_of_an_evaluation(dataset, caplog, isthing):
+    """Things alone and stuff alone, of which one image is missed; the last class does not occur."""
+    folder, content, register = dataset
+    caplog.set_level(logging.INFO, "kmax_d2")
+    names = [category["name"] for category in content["categories"]]
+    categories = [category | {"isthing": isthing} for category in content["categories"]]
+    register(content | {"categories": [*categories, {"id": 99, "name": "unseen", "isthing": isthing}]})
+
+    def outputs(record):
+        right = output_of(NAME, record)
+        return right if record["image_id"] else right | {"panoptic_seg": (0 * right["panoptic_seg"][0], [])}
+
+    results = evaluate(NAME, folder / "inference", outputs)
+    with open(folder / "inference" / "classes.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert json.loads((folder / "inference" / "results.json").read_text()) == results
+    assert "nan" not in caplog.text.lower() and ("segm" in results) == bool(isthing)
+    assert [row["class"] for row in rows] == [*names, "unseen"]
+    assert list(rows[-1].values()) == ["unseen", ["stuff", "thing"][isthing], "", "", "", "0", "0", "0", ""]
+    segments = {annotation["image_id"]: annotation["segments_info"] for annotation in content["annotations"]}
+    for row, category in zip(rows, categories, strict=False):
+        missed, found = (sum(s["category_id"] == category["id"] for s in segments[i]) for i in (0, 1))
+        assert (row["TP"], row["FP"], row["FN"]) == (str(found), "0", str(missed))
+        if missed + found:
+            assert float(row["PQ"]) == pytest.approx(100 * found / (found + missed / 2))
+            assert float(row["IoU"]) == pytest.approx(100)
+    logged = [line.split()[1] for line in caplog.text.partition("best first")[2].splitlines()[3:]]
+    found = {row["class"]: float(row["PQ"]) for row in rows if row["PQ"]}
+    assert logged == sorted(found, key=lambda name: -found[name])
 
 
 def test_what_cannot_be_evaluated_is_not_trained_either(dataset, tmp_path):

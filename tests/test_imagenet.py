@@ -183,7 +183,7 @@ def test_timm_weights_that_cannot_be_downloaded(hub):
     with pytest.raises(UserError) as error:
         load_timm(TIMM_NAME, *PIXELS)
     for part in (
-        f"cannot download timm://{TIMM_NAME}",
+        f"timm://{TIMM_NAME}: cannot download",
         f"copy {hub.name} from another machine's Hugging Face cache to {hub.parent}",
         'MODEL.WEIGHTS ""',
     ):

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import DatasetEvaluators
 
 from ..errors import UserError
 from ..files import own_folder
 from .cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator, require_cityscapesscripts
 from .instance import instance_evaluator
 from .panoptic import PanopticEvaluator
+from .result_files import FiledEvaluators
 from .semantic import scene_parsing_evaluator, semantic_evaluator
 
 EVALUATOR_TYPES = ("coco_panoptic_seg", "cityscapes_panoptic_seg", "ade20k_panoptic_seg")
@@ -36,7 +36,15 @@ def require_evaluation(cfg: CfgNode, dataset_name: str) -> None:
         require_cityscapesscripts()
 
 
-def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> DatasetEvaluators:
+def evaluated_dataset(cfg: CfgNode) -> str:
+    """Returns the name of a config's test dataset, the first of several. Raises UserError if it has no ground truth."""
+    name = next(iter(cfg.DATASETS.TEST), None)
+    if name is None or MetadataCatalog.get(name).get("panoptic_json") is None:
+        raise UserError(f"{name or 'the config'} has no ground truth: set DATASETS.TEST, or use --test-data")
+    return name
+
+
+def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> FiledEvaluators:
     """Builds the evaluators of the results that the config asks for, all from one forward pass.
 
     Raises UserError as :func:`require_evaluation` does.
@@ -45,7 +53,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> Dataset
         cfg: MODEL.KMAX.TEST says which results are on, and where to save predictions, if at all.
         dataset_name: a panoptic dataset. Without ground truth ("panoptic_json" in its metadata) its predictions are
             only saved.
-        output_dir: where Detectron2's evaluators write.
+        output_dir: where the evaluators write; see :class:`~kmax_d2.evaluation.result_files.FiledEvaluators`.
     """
     require_evaluation(cfg, dataset_name)
     metadata, test = MetadataCatalog.get(dataset_name), cfg.MODEL.KMAX.TEST
@@ -58,14 +66,14 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> Dataset
         evaluators.append(PanopticEvaluator(dataset_name, saved, submission_name(dataset_name)))
     if cityscapes and test.INSTANCE_ON:
         evaluators.append(CityscapesInstanceEvaluator(dataset_name, saved and saved / "instance"))
-    elif test.INSTANCE_ON and has_truth:
+    elif test.INSTANCE_ON and has_truth and metadata.thing_dataset_id_to_contiguous_id:
         evaluators.append(instance_evaluator(dataset_name, output_dir))
     if cityscapes and test.SEMANTIC_ON:
         evaluators.append(CityscapesSemanticEvaluator(dataset_name, saved and saved / "semantic"))
     elif test.SEMANTIC_ON and has_truth:
         build = scene_parsing_evaluator if kind == "ade20k_panoptic_seg" else semantic_evaluator
         evaluators.append(build(dataset_name))
-    return DatasetEvaluators(evaluators)
+    return FiledEvaluators(dataset_name, evaluators, Path(output_dir))
 
 
 def submission_name(dataset_name: str) -> str:

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.evaluation.panoptic_evaluation import _print_panoptic_results
 from detectron2.utils import comm
 from PIL import Image
+from tabulate import tabulate
 
 from ..data import panoptic_png
 from ..data.datasets.coco_panoptic import read_json
@@ -51,6 +51,9 @@ class PanopticEvaluator(DatasetEvaluator):
         folder: where to write COCO's result format, `<name>.json`, `<name>/`, and `<name>.zip`; None writes nothing.
         name: the name of these files.
 
+    Attributes:
+        counts_of_class: what :func:`match_segments` counts, by contiguous class, after the evaluation on rank 0.
+
     Raises:
         UserError: predictions of two images would have one file.
     """
@@ -66,6 +69,7 @@ class PanopticEvaluator(DatasetEvaluator):
         self.names = metadata.stuff_classes
         self.folder, self.name = folder, name
         self.png_folder = None if folder is None else folder / name
+        self.counts_of_class: dict[int, np.ndarray] = {}
         self.truth: dict | None = None
         if self.json_file is not None:
             content = read_json(self.json_file)
@@ -107,7 +111,8 @@ class PanopticEvaluator(DatasetEvaluator):
     def evaluate(self) -> dict | None:
         """Returns "panoptic_seg": PQ, SQ, and RQ of all classes, things (_th), and stuff (_st), in percent; on rank 0.
 
-        A mean over no class is nan. Raises UserError where an annotated image has no prediction.
+        Things or stuff of which no class occurs are left out. Raises UserError where an annotated image has no
+        prediction.
         """
         self.pool.finish()
         everyone = comm.gather((self.predictions, self.counts))
@@ -130,8 +135,12 @@ class PanopticEvaluator(DatasetEvaluator):
         things, stuff = ([c for c in self.is_thing if self.is_thing[c] == wanted] for wanted in (True, False))
         parts = {"All": ("", self.is_thing), "Things": ("_th", things), "Stuff": ("_st", stuff)}
         averages = {part: panoptic_quality(total, categories) for part, (_, categories) in parts.items()}
-        _print_panoptic_results(averages)
-        scores = [(part, suffix, key) for part, (suffix, _) in parts.items() for key in ("pq", "sq", "rq")]
+        averages = {part: average for part, average in averages.items() if average["n"] or part == "All"}
+        rows = [(part, *(100 * a[key] for key in ("pq", "sq", "rq")), a["n"]) for part, a in averages.items()]
+        headers = ["", "PQ", "SQ", "RQ", "#categories"]
+        logger.info("panoptic quality:\n%s", tabulate(rows, headers, tablefmt="pipe", floatfmt=".3f"))
+        self.counts_of_class = {c: total.get(id_, np.zeros(4)) for c, id_ in self.dataset_id.items()}
+        scores = [(part, parts[part][0], key) for part in averages for key in ("pq", "sq", "rq")]
         return {"panoptic_seg": {f"{key.upper()}{suffix}": 100 * averages[part][key] for part, suffix, key in scores}}
 
     def _write(self, folder: Path, predictions: list[dict]) -> None:

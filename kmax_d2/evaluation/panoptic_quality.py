@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,79 +13,121 @@ from ..data.segment_ids import NUM_IDS
 VOID = 0
 
 
-def match_segments(
-    ids: np.ndarray, segments: list[dict], true_ids: np.ndarray, true_segments: list[dict]
-) -> dict[int, np.ndarray]:
-    """Matches the segments of one image with the true ones.
+class Pair(NamedTuple):
+    """A true and a predicted segment that match, of any two categories, or one that has no match.
 
-    Two segments of one category match if their IoU, with void left out of the union, is above 1/2. An unmatched true
-    segment is a false negative unless it is a crowd, an unmatched predicted one a false positive unless more than half
-    of it is void or a crowd of its category.
+    Attributes:
+        true, predicted: the segment with its "area" in pixels; None for no match.
+        iou: their IoU, above 1/2; 0 without a match.
+        ignored: the predicted segment is mostly void or a crowd, so that it is no false positive.
+    """
+
+    true: Any  # dict | None
+    predicted: Any
+    iou: float
+    ignored: bool
+
+    @property
+    def is_hit(self) -> bool:
+        """Whether this is a true positive: a match within one category."""
+        return bool(self.true and self.predicted) and self.true["category_id"] == self.predicted["category_id"]
+
+
+def count_overlaps(ids: np.ndarray, true_ids: np.ndarray) -> dict[tuple[int, int], int]:
+    """Counts the pixels of each (true id, id) in two maps (H, W) of 0 to 2^24 - 1."""
+    pairs, sizes = np.unique(true_ids.astype(np.int64) * NUM_IDS + ids, return_counts=True)
+    return {divmod(pair, NUM_IDS): size for pair, size in zip(pairs.tolist(), sizes.tolist(), strict=True)}
+
+
+def pair_segments(
+    overlaps: Mapping[tuple[int, int], int], segments: list[dict], true_segments: list[dict]
+) -> list[Pair]:
+    """Pairs the segments of one image with the true ones whose IoU, with void left out of the union, is above 1/2.
 
     Args:
-        ids, true_ids: (H, W) segment ids in 0..2^24 - 1; 0 is void.
+        overlaps: from :func:`count_overlaps`; the id 0 is void.
         segments, true_segments: with "id" and "category_id". The true ones may have "iscrowd", and "area" (pixels),
             which counts instead of their pixels.
 
     Returns:
-        For each category: sum of IoUs, true positives, false positives, false negatives.
+        Every predicted segment, and every true one that is no crowd.
 
     Raises:
-        ValueError: `segments` does not list the ids that occur in `ids`.
+        ValueError: `segments` does not list the ids that occur in `overlaps`.
     """
-    categories = {segment["id"]: segment["category_id"] for segment in segments}
-    truth = {segment["id"]: segment for segment in true_segments}
-    pairs, sizes = np.unique(true_ids.astype(np.int64) * NUM_IDS + ids, return_counts=True)
-    overlaps = {divmod(pair, NUM_IDS): size for pair, size in zip(pairs.tolist(), sizes.tolist(), strict=True)}
     areas: Counter = Counter()
     true_areas: Counter = Counter()
     for (true_id, id_), size in overlaps.items():
         areas[id_] += size
         true_areas[true_id] += size
-    if areas.keys() - {VOID} != categories.keys():
-        raise ValueError(f"the prediction lists segments {sorted(categories)} but its map has {sorted(areas)}")
-
-    counts = {category: np.zeros(4) for category in {*categories.values(), *(s["category_id"] for s in true_segments)}}
-    matched, true_matched = set(), set()
+    predicted = {s["id"]: {**s, "area": areas[s["id"]]} for s in segments}
+    truth = {s["id"]: {**s, "area": s.get("area") or true_areas[s["id"]]} for s in true_segments}
+    if areas.keys() - {VOID} != predicted.keys():
+        raise ValueError(f"the prediction lists segments {sorted(predicted)} but its map has {sorted(areas)}")
+    crowds = {true["category_id"]: id_ for id_, true in truth.items() if true.get("iscrowd")}
+    void = {id_: overlaps.get((VOID, id_), 0) for id_ in predicted}
+    ignored = {
+        id_: void[id_] + overlaps.get((crowds.get(segment["category_id"], -1), id_), 0) > 0.5 * areas[id_]
+        for id_, segment in predicted.items()
+    }
+    pairs, matched, true_matched = [], set(), set()
     for (true_id, id_), size in overlaps.items():
-        true = truth.get(true_id)
-        if true is None or true.get("iscrowd") or categories.get(id_) != true["category_id"]:
+        if true_id not in truth or truth[true_id].get("iscrowd") or id_ not in predicted:
             continue
-        true_area = true.get("area") or true_areas[true_id]
-        iou = size / (areas[id_] + true_area - size - overlaps.get((VOID, id_), 0))
+        iou = size / (areas[id_] + truth[true_id]["area"] - size - void[id_])
         if iou > 0.5:
-            counts[true["category_id"]] += (iou, 1, 0, 0)
+            pairs.append(Pair(truth[true_id], predicted[id_], iou, ignored[id_]))
             matched.add(id_)
             true_matched.add(true_id)
+    missed = [true for id_, true in truth.items() if id_ not in true_matched and not true.get("iscrowd")]
+    invented = [segment for id_, segment in predicted.items() if id_ not in matched]
+    pairs += [Pair(true, None, 0.0, False) for true in missed]
+    return pairs + [Pair(None, segment, 0.0, ignored[segment["id"]]) for segment in invented]
 
-    crowds = {}
-    for true_id, true in truth.items():
-        if true.get("iscrowd"):
-            crowds[true["category_id"]] = true_id
-        elif true_id not in true_matched:
-            counts[true["category_id"]][3] += 1
-    for id_, category in categories.items():
-        ignored = overlaps.get((VOID, id_), 0) + overlaps.get((crowds.get(category), id_), 0)
-        if id_ not in matched and ignored / areas[id_] <= 0.5:
-            counts[category][2] += 1
-    return counts
+
+def count_pairs(pairs: Iterable[Pair]) -> dict[int, np.ndarray]:
+    """Returns for each category: sum of IoUs, true positives, false positives, false negatives.
+
+    An unmatched true segment is a false negative, an unmatched predicted one a false positive unless it is ignored; a
+    match of two categories is both.
+    """
+    counts: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(4))
+    for pair in pairs:
+        if pair.is_hit:
+            counts[pair.true["category_id"]] += (pair.iou, 1, 0, 0)
+            continue
+        if pair.true:
+            counts[pair.true["category_id"]][3] += 1
+        if pair.predicted:
+            counts[pair.predicted["category_id"]][2] += not pair.ignored
+    return dict(counts)
+
+
+def match_segments(
+    ids: np.ndarray, segments: list[dict], true_ids: np.ndarray, true_segments: list[dict]
+) -> dict[int, np.ndarray]:
+    """Counts, as :func:`count_pairs`, the :func:`pair_segments` of a predicted and a true id map (H, W)."""
+    return count_pairs(pair_segments(count_overlaps(ids, true_ids), segments, true_segments))
+
+
+def class_quality(counts: np.ndarray) -> tuple[float, float, float] | None:
+    """Returns PQ, SQ, and RQ in 0..1 of a category's counts; None if it does not occur."""
+    iou, true_positive, false_positive, false_negative = counts.tolist()
+    total = true_positive + 0.5 * false_positive + 0.5 * false_negative
+    return (iou / total, iou / true_positive if true_positive else 0.0, true_positive / total) if total else None
 
 
 def panoptic_quality(counts: Mapping[int, np.ndarray], categories: Iterable[int]) -> dict[str, float]:
     """Averages PQ, SQ, and RQ over the categories that occur.
 
     Args:
-        counts: for each category the sum of :func:`match_segments` over all images.
+        counts: for each category the sum of :func:`count_pairs` over all images.
         categories: those to average over.
 
     Returns:
         "pq", "sq", and "rq" in 0..1, nan if no category occurs, and "n", the number of categories that occur.
     """
-    rows = []
-    for category in categories:
-        iou, true_positive, false_positive, false_negative = counts.get(category, np.zeros(4)).tolist()
-        total = true_positive + 0.5 * false_positive + 0.5 * false_negative
-        if total:
-            rows.append((iou / total, iou / true_positive if true_positive else 0.0, true_positive / total))
+    found = (class_quality(counts.get(category, np.zeros(4))) for category in categories)
+    rows = [row for row in found if row]
     pq, sq, rq = np.mean(rows, axis=0).tolist() if rows else (float("nan"),) * 3
     return {"pq": pq, "sq": sq, "rq": rq, "n": len(rows)}

@@ -134,7 +134,7 @@ class MaskWiseMerging:
 
         # The only transfer to the host: a few numbers for each query.
         numbers = torch.cat([t.double().flatten() for t in (order, query_class, confidence, *counts)]).cpu()
-        segments, tables = self._paste(numbers, len(class_logits))
+        segments, tables = self.paste(numbers, len(class_logits))
         # Memory that is not pinned has been read when the call returns, so there is nothing to wait for.
         segment_ids, pasted_query = self._paint(masks, tables.to(masks.device, non_blocking=True))
         of_queries = query_class, confidence, confidence * mask_score
@@ -154,7 +154,7 @@ class MaskWiseMerging:
 
     @staticmethod
     def _paint(masks: torch.Tensor, tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(H, W) segment ids and pasted queries of the masks at each pixel, by the tables of :meth:`_paste`."""
+        """(H, W) segment ids and pasted queries of the masks at each pixel, by the tables of :meth:`paste`."""
         rank_of_query, query_of_rank, id_of_rank = tables.short()
         winner = by_rows(lambda strip: torch.minimum(*look_up(rank_of_query, strip)), masks)
         segment_ids = by_rows(functools.partial(look_up, id_of_rank.int()), winner)
@@ -166,7 +166,7 @@ class MaskWiseMerging:
         probability = torch.nn.functional.threshold(probability, self.pixel_threshold, 0.0, inplace=True)
         return probability.sum(1) / probability.sign().sum(1).clamp_min(1)
 
-    def _paste(self, numbers: torch.Tensor, num_queries: int) -> tuple[list[dict], torch.Tensor]:
+    def paste(self, numbers: torch.Tensor, num_queries: int) -> tuple[list[dict], torch.Tensor]:
         """Decides which masks are pasted, from order, class, confidence, area and overlaps of the queries.
 
         Returns:
