@@ -43,7 +43,7 @@ from ..options import check
 from ..speed import training_model, use_precision
 from ..visualization import result_page
 from .best import EndedEarly, KeepBest
-from .diagnosis import explain_memory
+from .diagnosis import memory_advice
 from .ema import WeightAverage, unwrapped
 from .optimizer import Freeze, build_lr_scheduler, build_optimizer
 from .stop import StopOnSignal
@@ -122,7 +122,9 @@ class Trainer(DefaultTrainer):
         try:
             super().run_step()
         except RuntimeError as error:
-            raise explain_memory(error, self.cfg) from error
+            if advice := memory_advice(error, self.cfg):
+                raise UserError(advice) from error
+            raise
 
     def save_final(self) -> None:
         """Saves a checkpoint as after the last iteration."""
