@@ -50,7 +50,7 @@ def add_kmax_config(cfg: CfgNode) -> None:
     cfg.SOLVER.EMA.DECAY = 0.9998  # fraction of the average that one step keeps, from 0 to below 1
     cfg.SOLVER.EMA.WARMUP = True  # start with a smaller decay: 1 - step ** (-2/3) until that reaches DECAY
 
-    cfg.TEST.PICTURES = 4  # test images whose predictions each evaluation in training draws for TensorBoard
+    cfg.TEST.PICTURES = 4  # test images whose predictions are drawn for TensorBoard after each of EVAL_PERIOD
 
     cfg.MODEL.META_ARCHITECTURE = "KMaXDeepLab"  # the whole model, by its name in META_ARCH_REGISTRY
     # Backbone: "KMaXResNet", "KMaXMaXS", "KMaXConvNeXt", "KMaXTimm", or any other name in BACKBONE_REGISTRY.

@@ -248,7 +248,7 @@ def test_test_data_are_looked_at_before_an_evaluation(own_data, tmp_path):
     (tmp_path / "broken.json").write_text(json.dumps(content))
     files = ["--test-data", *own_data["val"][:2], str(tmp_path / "broken.json")]
     changes = options(OUTPUT_DIR=tmp_path / "out", MODEL__WEIGHTS="missing.pth", MODEL__KMAX__NUM_CLASSES=0)
-    with pytest.raises(UserError, match="broken cannot be used: .*the JSON says 7"):
+    with pytest.raises(UserError, match="broken cannot be used"):
         load(TRAIN_NET).main(["--eval-only", *files, *map(str, changes)])
 
 

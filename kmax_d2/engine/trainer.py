@@ -106,8 +106,9 @@ class Trainer(DefaultTrainer):
         cfg, hooks = self.cfg, super().build_hooks()
         at = next(index for index, hook in enumerate(hooks) if isinstance(hook, EvalHook))
         average = self.average and EvalHook(cfg.TEST.EVAL_PERIOD, self._test_average)
-        pictures = EvalHook(cfg.TEST.EVAL_PERIOD, self._draw) if cfg.TEST.PICTURES else None
-        best = KeepBest(cfg, self.final_model) if cfg.TEST.EVAL_PERIOD and cfg.SOLVER.BEST_METRIC else None
+        evaluates = cfg.TEST.EVAL_PERIOD > 0
+        pictures = EvalHook(cfg.TEST.EVAL_PERIOD, self._draw) if evaluates and cfg.TEST.PICTURES else None
+        best = KeepBest(cfg, self.final_model) if evaluates and cfg.SOLVER.BEST_METRIC else None
         own = [StopOnSignal(), hooks[at], average, pictures, best]
         return [self._freeze, self.average, *hooks[:at], *own, *hooks[at + 1 :]]
 
