@@ -38,9 +38,8 @@ def add_kmax_config(cfg: CfgNode) -> None:
     cfg.SOLVER.ACCUMULATE = 1  # parts of a step's IMS_PER_BATCH images that go through the model one after another
     # Parts that do not learn, of "backbone", "pixel_decoder", "transformer_decoder", and "semantic_head".
     cfg.SOLVER.FREEZE = []
-    cfg.SOLVER.LAYER_DECAY = (
-        1.0  # in a vision transformer, factor on the learning rate from each block to the one before
-    )
+    # In a vision transformer, factor on the learning rate from each block to the one before.
+    cfg.SOLVER.LAYER_DECAY = 1.0
     cfg.SOLVER.BEST_METRIC = "panoptic_seg/PQ"  # model_best.pth has the weights of its highest value; "" saves none
     cfg.SOLVER.PATIENCE = 0  # evaluations in a row without a better BEST_METRIC that end the training; 0 for no limit
     cfg.SOLVER.TRACKERS = []  # "wandb", "mlflow", or both, which get all metrics; their packages must be installed
