@@ -38,7 +38,8 @@ def cut(ids, segments):
     own = np.zeros_like(ids)
     for number, segment in enumerate(present, start=1):
         own[ids == segment["id"]] = number
-    return own, [segment | {"id": number} for number, segment in enumerate(present, start=1)]
+    areas = np.bincount(own.ravel())
+    return own, [s | {"id": i, "area": int(areas[i])} for i, s in enumerate(present, start=1)]
 
 
 def quality(found, true):
@@ -89,7 +90,8 @@ def test_things_stay_apart_unless_they_agree_in_class_and_overlap():
     categories = {1: (0, 0), 2: (1, 1), 3: (2, 3)}
     for tile, (ids, begin) in enumerate([(left, 0), (right, 10)]):
         segments = [
-            {"id": i, "category_id": categories[i][tile], "isthing": True, "score": 1.0 - tile / 2} for i in (1, 2, 3)
+            {"id": i, "category_id": categories[i][tile], "isthing": True, "area": 24, "score": 1.0 - tile / 2}
+            for i in (1, 2, 3)
         ]
         joiner.add(0, begin, (0, 10 * tile), ids, segments)
     found, segments = joiner.finish()
