@@ -34,8 +34,9 @@ _ARCHIVES |= {
 }
 _ARCHIVES["coco/convnext_l_unlabeled"] = "kmax_convnext_large_coco_train_unlabeled"
 DEFAULT = "coco/r50"  # the model to use if none is named
-OFFLINE = "shapes/quickstart"  # the included model to use where the default's weights cannot be downloaded
-_INCLUDED = {"shapes/quickstart": Path(__file__).parent / "assets" / "quickstart.pth"}
+OFFLINE = "camvid/street"  # the included model to use where the default's weights cannot be downloaded
+_ASSETS = Path(__file__).parent / "assets"
+_INCLUDED = {"shapes/quickstart": _ASSETS / "quickstart.pth", "camvid/street": _ASSETS / "street.pth"}
 
 
 def _relative(name: str) -> str:
@@ -45,6 +46,11 @@ def _relative(name: str) -> str:
 def get_config_file(name: str) -> str:
     """Returns the path of a config, such as that of "coco/r50". Raises UserError for an unknown name."""
     return str(config_file(name))
+
+
+def is_included(name: str) -> bool:
+    """Returns whether a model comes with its weights, such as "camvid/street"."""
+    return _relative(name) in _INCLUDED
 
 
 def has_weights(name: str) -> bool:

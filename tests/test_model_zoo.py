@@ -43,6 +43,7 @@ def test_every_config_of_the_paper_has_weights_but_for_its_256_queries():
         if "base" not in file.stem
     }
     without = {"coco/r50_standard", "coco/r50_tiny", "coco/convnext_l_256q", "cityscapes/r50_standard"}
+    without |= {"coco/vit_b_dinov3", "coco/convnext_t_dinov3"}  # not of the paper
     assert {name for name in configs if not model_zoo.has_weights(name)} == without
     addresses = [model_zoo.get_checkpoint_url(name) for name in configs - without]
     assert len(set(addresses)) == len(addresses) == 17

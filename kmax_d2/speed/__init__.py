@@ -2,6 +2,7 @@
 
 from .checkpoint import checkpoint_blocks
 from .compile import COMPILE_MODES, compile_model
+from .depthwise import fast_depthwise_gradients
 from .fold import fold_batch_norms
 from .memory import keep_freed_memory
 from .precision import PRECISIONS, use_precision
@@ -13,6 +14,7 @@ __all__ = [
     "PRECISIONS",
     "checkpoint_blocks",
     "compile_model",
+    "fast_depthwise_gradients",
     "fold_batch_norms",
     "inference_model",
     "keep_freed_memory",

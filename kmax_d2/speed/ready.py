@@ -8,11 +8,16 @@ from torch import nn
 
 from .checkpoint import checkpoint_blocks
 from .compile import compile_model
+from .depthwise import fast_depthwise_gradients
 from .fold import fold_batch_norms
 
 
 def training_model(model: nn.Module, cfg: CfgNode) -> nn.Module:
-    """Applies MODEL.KMAX.CHECKPOINT_BLOCKS and COMPILE to a model, in place. Raises UserError for an unknown mode."""
+    """Applies MODEL.KMAX.CHECKPOINT_BLOCKS and COMPILE to a model, in place; its gradients are faster on CPUs.
+
+    Raises UserError for an unknown mode of COMPILE.
+    """
+    fast_depthwise_gradients(model)
     if cfg.MODEL.KMAX.CHECKPOINT_BLOCKS:
         checkpoint_blocks(model)
     return compile_model(model, cfg.MODEL.KMAX.COMPILE)

@@ -1,6 +1,6 @@
 """Writes published weights of any format as a Detectron2 checkpoint, with the entry names of this project.
 
-python -m kmax_d2.tools.convert IN OUT --config-file NAME [NAME VALUE ...]
+python -m kmax_d2.tools.convert IN OUT --config-file NAME [--half] [NAME VALUE ...]
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from ..command_line import ConfigParser, run_program
 PARSER = ConfigParser(__doc__, overwrite=True)
 PARSER.add_argument("input", metavar="IN", help="anything MODEL.WEIGHTS accepts: a file, a URL, a prefix")
 PARSER.add_argument("output", metavar="OUT", type=Path, help="the checkpoint to write, .pth or .pkl")
+PARSER.add_argument("--half", action="store_true", help="in half precision, which halves the file")
 
 if __name__ == "__main__":
     PARSER.parse()  # answers --help and mistakes before the slow imports
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     state_dict = model.state_dict()
     # The model's own tensors: those read from the file may be views of a larger storage.
     weights = {name: state_dict[name].contiguous() for name in sorted(checkpointer.taken)}
+    if args.half:
+        weights = {name: each.half() if each.is_floating_point() else each for name, each in weights.items()}
     write_checkpoint(weights, args.output, describe_model(cfg))
     print(f"{len(weights)} weights written to {args.output}")
 
