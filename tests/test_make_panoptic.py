@@ -1,8 +1,5 @@
 """Labels of every format come back as the panoptic data that they were written from; bad ones are named."""
 
-import json
-from pathlib import Path
-
 import cv2
 import label_formats
 import numpy as np
@@ -11,7 +8,6 @@ from PIL import Image
 
 from kmax_d2.data.check import unregistered
 from kmax_d2.data.datasets import shapes
-from kmax_d2.errors import UserError
 from kmax_d2.tools.make_panoptic import main
 
 THINGS = [category["name"] for category in shapes.CATEGORIES if category["isthing"]]
