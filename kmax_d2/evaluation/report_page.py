@@ -179,11 +179,16 @@ def _calibration(error: float, bins: Sequence[Bin]) -> str:
     return text + plot + _table(["segments", "mean score (%)", "precision (%)"], rows)
 
 
+def figure(caption: str, image: np.ndarray) -> str:
+    """Returns the HTML of an image (H, W, 3), uint8, RGB, with everything in it."""
+    _, data = cv2.imencode(".jpg", image[..., ::-1], (cv2.IMWRITE_JPEG_QUALITY, 70))
+    source, caption = f"data:image/jpeg;base64,{base64.b64encode(data.tobytes()).decode()}", escape(caption)
+    return f'<figure><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
+
+
 def _picture(picture: Picture, labels: Sequence[str]) -> str:
     captions = ["input", "truth", *(f"prediction {label}" for label in labels)]
     figures = []
     for caption, panel in zip(captions, picture.panels, strict=True):
-        _, data = cv2.imencode(".jpg", panel[..., ::-1], (cv2.IMWRITE_JPEG_QUALITY, 70))
-        source = f"data:image/jpeg;base64,{base64.b64encode(data.tobytes()).decode()}"
-        figures.append(f'<figure><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>')
+        figures.append(figure(caption, panel))
     return f'<h3>{escape(picture.title)}</h3><div class="row">{"".join(figures)}</div>'
