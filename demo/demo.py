@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""Segments images and draws the results, with any config and weights.
+"""Segments images or a video and draws the results, with any config and weights.
 
-Without --config-file, it uses coco/r50 with its published weights, or the quickstart's model if they are unavailable.
+Without --config-file, it uses coco/r50 with its published weights, or the included model if they are unavailable.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -15,125 +16,151 @@ PARSES_FIRST = True  # read by kmax_d2, which then does not import PyTorch yet
 from kmax_d2.command_line import ConfigParser, run_program
 
 PARSER = ConfigParser(__doc__, config_file=False, weights=True, overwrite=True, options="--opts")
-PARSER.add_argument(
-    "--input", nargs="+", required=True, metavar="IMAGE", help='images, folders of images, or patterns like "*.jpg"'
-)
-PARSER.add_argument("--output", default="output/demo", metavar="DIR", help="folder for the results (%(default)s)")
+SOURCE = PARSER.add_mutually_exclusive_group(required=True)
+IMAGES = 'images, folders of images, patterns like "*.jpg", or addresses'
+SOURCE.add_argument("--input", nargs="+", metavar="IMAGE", help=IMAGES)
+SOURCE.add_argument("--video-input", metavar="FILE", help="a video")
+SOURCE.add_argument("--webcam", type=int, nargs="?", const=0, metavar="NUMBER", help="a camera, until Ctrl-C")
+OUTPUT = "folder for the results (%(default)s); of a video also the .avi, .mkv, or .mp4 file"
+PARSER.add_argument("--output", default="output/demo", metavar="DIR", help=OUTPUT)
 PARSER.add_argument("--assignments", action="store_true", help="also draw each decoder's assignment of pixels")
+PARSER.add_argument("--tile", type=int, metavar="SIZE", help="segment large images in tiles of this side in pixels")
+PARSER.add_argument("--save-json", metavar="FILE", help="also write COCO panoptic JSON, and PNGs to a folder beside it")
+PARSER.add_argument("--save-instances", metavar="FILE", help="also write COCO instance JSON with RLE masks")
+PARSER.add_argument("--save-semantic", metavar="DIR", help="also write PNGs of category ids")
 
 if __name__ == "__main__":
     PARSER.parse()  # answers --help and mistakes before the slow imports
 
+import functools
+import os
 import time
 from collections import Counter
 from pathlib import Path
 
-import torch
-from detectron2.config import CfgNode
-from detectron2.data import Metadata
-from torch import nn
 from tqdm import tqdm
 
-from kmax_d2 import model_zoo
-from kmax_d2.data.mapper import PanopticTestMapper, read_image
-from kmax_d2.engine import load_predictor, ready_config
-from kmax_d2.engine.setup import dataset_metadata
 from kmax_d2.errors import UserError
 from kmax_d2.files import make_folder, require_own, write_png
-from kmax_d2.images import find_images
-from kmax_d2.speed import use_precision
-from kmax_d2.visualization import draw_panoptic, result_page
+from kmax_d2.images import find_images, stem_of
+from kmax_d2.inference import Predictor, Result, load
+from kmax_d2.inference.coco_files import CocoFiles, png_folder
+from kmax_d2.inference.tiles import LEAST_SIZE
+from kmax_d2.inference.video import VideoReader, VideoWriter, video_file
 
-DEFAULT_CONFIG = "coco/r50"
-QUICKSTART_CONFIG = "shapes/quickstart"
-
-
-def setup(args: argparse.Namespace, default: str = DEFAULT_CONFIG) -> CfgNode:
-    """Returns the ready config of the command line, or else of `default`; its weights are those named, or trained ones.
-
-    Raises UserError if the config, an option, or a dataset is wrong.
-    """
-    config = args.config_file or default
-    return ready_config(config, [*model_zoo.trained_weights(config), *args.opts])
+Outputs = list[tuple[Path, str]]  # for each file of an image its folder, and what follows the stem in its name
 
 
-def load(args: argparse.Namespace) -> tuple[CfgNode, nn.Module]:
-    """Returns config and predictor: those asked for, or if nothing was, those available. Raises UserError."""
-    cfg = setup(args)
-    dataset_metadata(cfg)  # fails before the model is loaded
-    try:
-        return cfg, load_predictor(cfg)
-    except UserError as error:
-        if args.config_file or "MODEL.WEIGHTS" in args.opts:
-            raise
-        print(f"continuing with the quickstart's model in place of {DEFAULT_CONFIG}: {error}", file=sys.stderr)
-    cfg = setup(args, QUICKSTART_CONFIG)
-    return cfg, load_predictor(cfg)
-
-
-def name_outputs(files: Sequence[Path], folder: Path, endings: Sequence[str]) -> dict[Path, str]:
+def name_outputs(sources: Sequence[str], outputs: Outputs) -> dict[str, str]:
     """Returns a stem for each input, numbered where needed, so that no result overwrites another or an input."""
-    taken = {file.resolve() for file in files}
+    taken = {Path(source).resolve() for source in sources}
     stems = {}
-    for file in files:
-        stem, number = file.stem, 1
-        while taken & {(folder / (stem + ending)).resolve() for ending in endings}:
+    for source in sources:
+        stem, number = stem_of(source), 1
+        while taken & {(folder / (stem + ending)).resolve() for folder, ending in outputs}:
             number += 1
-            stem = f"{file.stem}-{number}"
-        taken |= {(folder / (stem + ending)).resolve() for ending in endings}
-        stems[file] = stem
+            stem = f"{stem_of(source)}-{number}"
+        taken |= {(folder / (stem + ending)).resolve() for folder, ending in outputs}
+        stems[source] = stem
     return stems
 
 
-def describe(segments: list[dict], class_names: Sequence[str]) -> str:
+def describe(result: Result) -> str:
     """Returns a summary such as "3 star, 1 sky"."""
-    counts = Counter(class_names[segment["category_id"]] for segment in segments)
+    counts = Counter(segment.class_name for segment in result.panoptic.segments)
     return ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "no segments"
 
 
-def segment_file(
-    model: nn.Module, mapper: PanopticTestMapper, file: Path, metadata: Metadata, output: str, pages: bool
-) -> str:
-    """Segments an image, writes `output`.png and, with `pages`, `output`_assignments.png, and returns a summary."""
-    start = time.perf_counter()
-    image = read_image({"file_name": str(file)})
-    record = mapper({"file_name": str(file)})
-    with torch.no_grad():
-        segment_ids, segments = model([record])[0]["panoptic_seg"]
-    write_png(Path(f"{output}.png"), draw_panoptic(image, segment_ids, segments, metadata))
-    if pages:
-        write_png(Path(f"{output}_assignments.png"), result_page(model, record, metadata))
-    return f"{file} -> {output}.png: {describe(segments, metadata.stuff_classes)} ({time.perf_counter() - start:.1f} s)"
+def common_folder(sources: Sequence[str]) -> str:
+    """Returns the folder that all files are in, below which they are named in JSONs."""
+    folders = [os.path.dirname(os.path.abspath(source)) for source in sources if os.path.isfile(source)]
+    return os.path.commonpath(folders) if folders else ""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a command line; None takes that of the process."""
-    args = PARSER.parse(argv)
-    files, errors = find_images(args.input)
+def segment_images(args: argparse.Namespace) -> None:
+    """Segments images and writes what is asked for; one that cannot be read does not stop the others."""
+    sources, errors = find_images(args.input)
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
     written = 0
-    if files:
-        folder, endings = Path(args.output), [".png", "_assignments.png"] if args.assignments else [".png"]
-        stems = name_outputs(files, folder, endings)
-        require_own([folder / (stem + ending) for stem in stems.values() for ending in endings], args.overwrite)
-        cfg, model = load(args)
+    if sources:
+        folder = Path(args.output)
+        panoptic, instances, semantic = (
+            Path(path) if path else None for path in (args.save_json, args.save_instances, args.save_semantic)
+        )
+        outputs = [(folder, ".png")] + ([(folder, "_assignments.png")] if args.assignments else [])
+        outputs += [(png_folder(panoptic), ".png")] if panoptic else []
+        outputs += [(semantic, ".png")] if semantic else []
+        stems = name_outputs(sources, outputs)
+        files = [place / (stem + ending) for stem in stems.values() for place, ending in outputs]
+        require_own([*files, *(file for file in (panoptic, instances) if file)], args.overwrite)
+        predict = load(args.config_file or "", options=args.opts)
+        segment = predict if args.tile is None else functools.partial(predict.tiled, size=args.tile)
         make_folder(folder)
-        metadata, mapper = dataset_metadata(cfg), PanopticTestMapper(cfg)
-        with use_precision(cfg.MODEL.KMAX.TEST.PRECISION, cfg.MODEL.DEVICE):
-            for file in tqdm(files, unit="image", disable=None):
+        common = common_folder(sources)
+        with CocoFiles(predict.metadata, panoptic, instances, semantic) as coco_files:
+            for source in tqdm(sources, unit="image", disable=None):
+                start, output = time.perf_counter(), folder / stems[source]
                 try:
-                    summary = segment_file(model, mapper, file, metadata, str(folder / stems[file]), args.assignments)
+                    result = segment(source)
+                    write_png(Path(f"{output}.png"), result.draw())
+                    if args.assignments:
+                        write_png(Path(f"{output}_assignments.png"), result.draw("clusters"))
+                    name = os.path.relpath(source, common) if os.path.isfile(source) else source
+                    coco_files.add(result, name, stems[source])
                 except UserError as error:
                     tqdm.write(f"error: {error}", file=sys.stderr)
                 else:
-                    tqdm.write(summary)
+                    seconds = time.perf_counter() - start
+                    tqdm.write(f"{source} -> {output}.png: {describe(result)} ({seconds:.1f} s)")
                     written += 1
-    total = len(files) + len(errors)
+    total = len(sources) + len(errors)
     print(f"{written} of {total} images written to {args.output}")
     if written < total:
         sys.exit(1)
 
 
+def segment_video(args: argparse.Namespace) -> None:
+    """Segments a video, or what a camera sees, and writes a video; what is written when it is interrupted is kept."""
+    if args.save_json or args.save_instances or args.save_semantic or args.assignments:
+        raise UserError("--save-json, --save-instances, --save-semantic, and --assignments are for images (--input)")
+    camera = args.video_input is None
+    stem = f"camera-{args.webcam}" if camera else name_outputs([args.video_input], [(Path(args.output), ".avi")])
+    file = video_file(args.output, stem if camera else stem[args.video_input])
+    if file.resolve() == Path(args.video_input or "").resolve():
+        raise UserError(f"{file} is the input: choose another --output")
+    reader = VideoReader(args.webcam if camera else args.video_input)
+    require_own([file], args.overwrite)
+    predict = load(args.config_file or "", options=args.opts)
+    segment: Predictor | functools.partial[Result]
+    segment = predict if args.tile is None else functools.partial(predict.tiled, size=args.tile)
+    written, start = 0, time.perf_counter()
+    try:
+        with VideoWriter(file, reader.rate) as writer:
+            for frame in tqdm(reader, total=reader.count or None, unit="frame", disable=None):
+                picture = segment(frame).draw()
+                if camera and not written:  # as many frames a second as are segmented
+                    writer.rate = min(reader.rate, 1 / (time.perf_counter() - start))
+                writer.write(picture)
+                written += 1
+    finally:
+        rate = written / (time.perf_counter() - start)
+        print(f"{reader.name} -> {file}: {written} frames, {rate:.1f} frames a second")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command line; None takes that of the process."""
+    args = PARSER.parse(argv)
+    if args.tile is not None and args.tile < LEAST_SIZE:
+        raise UserError(f"--tile must be at least {LEAST_SIZE} pixels, not {args.tile}")
+    if args.tile is not None and args.assignments:
+        raise UserError("--assignments are those of a whole image: leave out --tile")
+    if args.input:
+        segment_images(args)
+    else:
+        segment_video(args)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is written so far is completed
     run_program(main)

@@ -14,8 +14,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from .errors import UserError
 
-MARK = "made by kmax_d2"  # in the first bytes of the results, which tells them from files of the user
-MARK_BYTES = 4096  # of a file, in which the mark is looked for
+MARK = "made by kmax_d2"  # in the first or last bytes of the results, which tells them from files of the user
+MARK_BYTES = 4096  # at each end of a file, in which the mark is looked for
 
 
 @contextlib.contextmanager
@@ -93,7 +93,7 @@ def write_png(file: Path, image: np.ndarray, **texts: str) -> None:
 def require_own(files: Iterable[Path], overwrite: bool = False) -> None:
     """Raises UserError for the first file that exists and is not marked as ours; `overwrite` allows all."""
     for file in () if overwrite else files:
-        if file.exists() and MARK.encode() not in _head(file):
+        if file.exists() and MARK.encode() not in _ends(file):
             raise UserError(f"{file} exists and was not made by kmax_d2: choose another name, or add --overwrite")
 
 
@@ -110,9 +110,11 @@ def own_folder(folder: Path) -> Path:
     return folder
 
 
-def _head(file: Path) -> bytes:
+def _ends(file: Path) -> bytes:
     try:
         with open(file, "rb") as stream:
-            return stream.read(MARK_BYTES)
+            head = stream.read(MARK_BYTES)
+            stream.seek(max(0, os.path.getsize(file) - MARK_BYTES))
+            return head + stream.read()
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error

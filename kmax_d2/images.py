@@ -8,7 +8,8 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -76,24 +77,35 @@ def images_in(folder: Path) -> list[Path]:
     return files
 
 
-def find_images(inputs: Iterable[str]) -> tuple[list[Path], list[UserError]]:
-    """Returns the files that files, folders, and patterns name, each once, and an error for each that names none."""
-    found: dict[Path, Path] = {}
+def is_web_address(source: Any) -> bool:
+    """Tells whether a source is an http address."""
+    return isinstance(source, str) and source.startswith(("http://", "https://"))
+
+
+def stem_of(source: str) -> str:
+    """Returns the name of a file or of what is at an address without its suffix."""
+    return Path(urlsplit(source).path if is_web_address(source) else source).stem or "image"
+
+
+def find_images(inputs: Iterable[str]) -> tuple[list[str], list[UserError]]:
+    """Returns what files, folders, patterns, and addresses name, each once, and an error for each that names none."""
+    found: dict[Path, str] = {}
     errors = []
     for name in inputs:
         try:
-            files = [Path(name)] if os.path.isfile(name) else _search(name)
+            files = [name] if os.path.isfile(name) or is_web_address(name) else _search(name)
         except UserError as error:
             errors.append(error)
         else:
-            found |= {file.resolve(): file for file in files if file.resolve() not in found}
+            for file in files:
+                found.setdefault(Path(file).resolve(), str(file))
     return list(found.values()), errors
 
 
-def _search(name: str) -> list[Path]:
+def _search(name: str) -> list[str]:
     if os.path.isdir(name):
-        return images_in(Path(name))
-    matches = [Path(match) for match in sorted(glob.glob(name, recursive=True)) if os.path.isfile(match)]
+        return [str(file) for file in images_in(Path(name))]
+    matches = [match for match in sorted(glob.glob(name, recursive=True)) if os.path.isfile(match)]
     if not matches:
         raise UserError(f"no file matches {name}" if glob.has_magic(name) else f"no file {name}")
     return matches

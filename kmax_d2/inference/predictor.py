@@ -22,6 +22,7 @@ from ..modeling.postprocess import Results
 from ..speed import use_precision
 from .result import Result
 from .sources import Source, read_source
+from .tiles import segment_tiles
 
 logger = logging.getLogger(__name__)
 # Precision is a setting of the process, so that only one prediction runs at a time. A device has no time for two.
@@ -114,6 +115,11 @@ class Predictor:
         if isinstance(source, (str, Path)) and Path(source).is_dir():
             return self._segment_all(images_in(Path(source)), batch_size)
         return next(self._segment_all([cast(Source, source)], 1))
+
+    def tiled(self, source: Source, size: int, overlap: int | None = None) -> Result:
+        """Segments a very large image in square tiles: :func:`~kmax_d2.inference.tiles.segment_tiles`."""
+        image, name = read_source(source)
+        return Result(self, image, name, self.mapper.inputs(image)["image"], segment_tiles(self, image, size, overlap))
 
     def _segment_all(self, sources: Iterable[Source], batch_size: int) -> Iterator[Result]:
         remaining = iter(sources)

@@ -7,23 +7,18 @@ import io
 import os
 import urllib.request
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image
 
 from ..errors import UserError
-from ..images import read_rgb
+from ..images import is_web_address, read_rgb
 
 Source: TypeAlias = "str | Path | Image.Image | np.ndarray | torch.Tensor"
 TIMEOUT = 10.0  # seconds without an answer
 MOST_BYTES = 2**28  # of a downloaded image
-
-
-def is_web_address(source: Any) -> bool:
-    """Tells whether a source is an http address."""
-    return isinstance(source, str) and source.startswith(("http://", "https://"))
 
 
 def read_source(source: Source) -> tuple[np.ndarray, str]:
