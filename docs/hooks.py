@@ -22,6 +22,7 @@ SHARED = {
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
     "images/quickstart.png": "demo/quickstart.png",
+    "images/street.png": "demo/street.png",
 }
 
 

@@ -11,6 +11,7 @@ from detectron2.modeling import build_model
 
 from kmax_d2.engine import load_config
 from kmax_d2.modeling.criterion import make_targets
+from kmax_d2.modeling.merging import MaskWiseMerging
 from kmax_d2.modeling.predictor import Prediction
 
 DATA = Path(__file__).parent / "data"
@@ -101,3 +102,21 @@ def loss_inputs(tag):
     )
     auxiliary = [prediction(f"aux/{index}") for index in range(6)]
     return prediction("final"), auxiliary, channels_first(semantic), targets, arrays
+
+
+def merging_of(arrays, num_classes):
+    """Returns the merging of an official example, its class logits (N, K + 1), and its mask logits (N, h, w)."""
+    things = set(arrays["thing_classes"].tolist())
+    merging = MaskWiseMerging(
+        [category in things for category in range(num_classes)],
+        pixel_threshold=float(arrays["pixel_confidence_threshold"]),
+        thing_threshold=float(arrays["class_threshold_thing"]),
+        stuff_threshold=float(arrays["class_threshold_stuff"]),
+        overlap_threshold=float(arrays["overlap_threshold"]),
+        class_power=float(arrays["reorder_class_weight"]),
+        mask_power=float(arrays["reorder_mask_weight"]),
+        thing_area_limit=int(arrays["thing_area_limit"]),
+        stuff_area_limit=int(arrays["stuff_area_limit"]),
+    )
+    class_logits = torch.from_numpy(arrays["class_logits"].astype(np.float32))
+    return merging, class_logits, channels_first(arrays["mask_logits"].astype(np.float32))

@@ -37,23 +37,8 @@ def class_and_instance_map(result):
 @pytest.mark.parametrize(("tag", "num_classes"), [("coco", 133), ("cityscapes", 19)])
 def test_official_result(tag, num_classes):
     arrays = reference.load(f"merge_{tag}")
-    things = set(arrays["thing_classes"].tolist())
-    merging = MaskWiseMerging(
-        [category in things for category in range(num_classes)],
-        pixel_threshold=float(arrays["pixel_confidence_threshold"]),
-        thing_threshold=float(arrays["class_threshold_thing"]),
-        stuff_threshold=float(arrays["class_threshold_stuff"]),
-        overlap_threshold=float(arrays["overlap_threshold"]),
-        class_power=float(arrays["reorder_class_weight"]),
-        mask_power=float(arrays["reorder_mask_weight"]),
-        thing_area_limit=int(arrays["thing_area_limit"]),
-        stuff_area_limit=int(arrays["stuff_area_limit"]),
-    )
-    result = merging(
-        torch.from_numpy(arrays["class_logits"].astype(np.float32)),
-        reference.channels_first(arrays["mask_logits"].astype(np.float32)),
-        tuple(arrays["image_size"].tolist()),
-    )
+    merging, *logits = reference.merging_of(arrays, num_classes)
+    result = merging(*logits, tuple(arrays["image_size"].tolist()))
     classes, instances = class_and_instance_map(result)
     np.testing.assert_array_equal(classes, arrays["class_map"])
     assert (instances > 0).any()

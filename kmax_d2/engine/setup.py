@@ -98,11 +98,14 @@ def ready_config(file: str, options: Sequence = (), overrides: Sequence = ()) ->
 
 def setup(args: argparse.Namespace) -> CfgNode:
     """Returns the :func:`ready_config` of the parsed command line of train_net.py."""
-    if args.config_file:
-        args.config_file = str(config_file(args.config_file))  # Detectron2 reads the file too, for its log
+    file = args.config_file
+    if file.endswith(CHECKPOINT):
+        args.config_file = ""  # Detectron2 reads the file too, for its log
+    elif file:
+        file = args.config_file = str(config_file(file))
     own = {"DATASETS.OWN_TRAIN": args.train_data, "DATASETS.OWN_TEST": args.test_data}
     overrides = [part for name, files in own.items() if files for part in (name, files)]
-    cfg = ready_config(args.config_file, args.opts, overrides)
+    cfg = ready_config(file, args.opts, overrides)
     batch = getattr(args, "scale_schedule", None)
     return cfg if batch is None else scale_schedule(cfg, batch)
 

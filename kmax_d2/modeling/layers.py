@@ -125,4 +125,4 @@ def resize(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
 
 def padded_side(side: int) -> int:
     """The next 32k + 1 at or above `side`, in pixels, and at least 33: what all strides up to 32 divide evenly."""
-    return max(1, -(-(side - 1) // 32)) * 32 + 1
+    return max(1, (side + 30) // 32) * 32 + 1

@@ -1,0 +1,58 @@
+#!/usr/bin/env python
+"""Segments an image with a file of `python -m kmax_d2.tools.export --format onnx`, without PyTorch or Detectron2.
+
+python demo/onnx_demo.py MODEL.onnx IMAGE OUTPUT.png [--size HEIGHT WIDTH]
+"""
+
+from __future__ import annotations
+
+import argparse
+import colorsys
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+
+def segment(model: str, image: Image.Image, size: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
+    """Returns segment ids (H, W), 0 for void, and for each id, from 1, its class, score, and area in pixels.
+
+    Args:
+        model: the exported file.
+        image: RGB.
+        size: (height, width) at which the model runs; None for the size that was exported, else the image's.
+    """
+    session = onnxruntime.InferenceSession(model, providers=onnxruntime.get_available_providers())
+    height, width = session.get_inputs()[0].shape[1:3]
+    if size is None and isinstance(height, int):
+        size = height, width
+    resized = image if size is None else image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    ids, segments = session.run(None, {"images": np.asarray(resized)[None]})
+    ids = np.asarray(Image.fromarray(ids[0]).resize(image.size, Image.Resampling.NEAREST))
+    return ids, segments[0]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command line; None takes that of the process."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "image", "output"):
+        parser.add_argument(name)
+    parser.add_argument("--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="at which the model runs")
+    args = parser.parse_args(argv)
+    try:
+        image = Image.open(args.image).convert("RGB")
+        ids, segments = segment(args.model, image, args.size)
+        hues = (np.arange(len(segments)) * 0.618) % 1  # the golden ratio keeps neighbors apart
+        colors = np.array([(0, 0, 0), *(colorsys.hsv_to_rgb(hue, 0.8, 1) for hue in hues)]) * 255
+        Image.fromarray((0.5 * np.asarray(image) + 0.5 * colors[ids]).astype(np.uint8)).save(args.output)
+    except Exception as error:  # the runtime's own are of no other kind
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    for number, (class_id, score, area) in enumerate(segments, start=1):
+        if area > 0:
+            print(f"segment {number}: class {class_id:.0f}, score {score:.2f}, {area:.0f} pixels")
+
+
+if __name__ == "__main__":
+    main()

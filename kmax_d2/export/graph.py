@@ -1,0 +1,144 @@
+"""The network, and all from image to panoptic result, as modules whose forward is one graph without control flow.
+
+They compute what :class:`~kmax_d2.modeling.KMaXDeepLab` does at test, for a batch of images of one size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..modeling import KMaXDeepLab
+from ..modeling.layers import padded_side
+from ..modeling.merging import MaskWiseMerging
+
+
+class NetworkGraph(nn.Module):
+    """Images (B, H, W, 3), uint8, RGB, to class logits (B, N, K + 1), void last, and mask logits (B, N, h, w).
+
+    They are padded to the next 32k + 1 pixels a side, and h = (H' - 1) / 4 + 1 of the padded height H', likewise w.
+
+    Args:
+        model: in inference mode, with batch norms folded in this type.
+        dtype: of the network's products, by autocast; logits are float32.
+    """
+
+    def __init__(self, model: KMaXDeepLab, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.backbone, self.pixel_decoder = model.backbone, model.pixel_decoder
+        self.transformer_decoder = model.transformer_decoder
+        self.dtype = dtype
+        self.register_buffer("mean", model.pixel_mean.clone())
+        self.register_buffer("std", model.pixel_std.clone())
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        height, width = images.shape[1:3]
+        scaled = (images.permute(0, 3, 1, 2).float() - self.mean) / self.std
+        batch = F.pad(scaled, (0, padded_side(width) - width, 0, padded_side(height) - height))
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+            prediction, _ = self.transformer_decoder(self.pixel_decoder(self.backbone(batch)), False)
+        return prediction.class_logits.float(), prediction.mask_logits.float()
+
+
+class PanopticGraph(nn.Module):
+    """Images (B, H, W, 3), uint8, RGB, to panoptic results.
+
+    Returns segment ids (B, H, W), int32, 0 for void, and a table (B, N, 3), float32, whose row i - 1 holds the
+    contiguous class, the score, and the area in pixels of the segment i. Rows without a segment have the area 0.
+
+    Args:
+        model: in inference mode.
+        dtype: as for :class:`NetworkGraph`.
+    """
+
+    def __init__(self, model: KMaXDeepLab, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.network = NetworkGraph(model, dtype)
+        self.merging = model.merging
+        self.register_buffer("is_thing", model.merging.is_thing.clone())
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        height, width = images.shape[1:3]
+        class_logits, mask_logits = self.network(images)
+        size = padded_side(height), padded_side(width)
+        ids, classes, scores = merge(self.merging, self.is_thing, class_logits, mask_logits, size)
+        ids = ids[:, :height, :width]
+        areas = _count(ids.flatten(1), class_logits.shape[1] + 1)[:, 1:]
+        return ids.int(), torch.stack([classes.float(), scores, areas], dim=2)
+
+
+def merge(
+    merging: MaskWiseMerging,
+    is_thing: torch.Tensor,
+    class_logits: torch.Tensor,
+    mask_logits: torch.Tensor,
+    size: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:class:`~kmax_d2.modeling.merging.MaskWiseMerging` as tensor operations.
+
+    Args:
+        merging: whose options count.
+        is_thing: (K,) bool.
+        class_logits, mask_logits: as :class:`NetworkGraph` gives them.
+        size: (H, W) of the map to merge on.
+
+    Returns:
+        (B, H, W) int64 segment ids, 0 for void; the (B, N) class and score of the segment i in column i - 1.
+    """
+    queries = class_logits.shape[1]
+    upsampled = F.interpolate(mask_logits, size=size, mode="bilinear", align_corners=True)
+    value, query = upsampled.topk(2, dim=1)
+    probability = (value - upsampled.logsumexp(1, keepdim=True)).exp()
+    masks = torch.where(probability > merging.pixel_threshold, query, queries)  # (B, 2, H, W), N for none
+
+    confidence, query_class = class_logits.softmax(2)[..., :-1].max(2)
+    small = mask_logits.flatten(2).softmax(1)
+    above = (small > merging.pixel_threshold).to(small.dtype)
+    mask_score = (small * above).sum(2) / above.sum(2).clamp_min(1)
+    priority = confidence**merging.class_power * mask_score**merging.mask_power
+    order = priority.sort(dim=1, descending=True).indices
+
+    pairs = _count((masks[:, 0] * (queries + 1) + masks[:, 1]).flatten(1), (queries + 1) ** 2)
+    pairs = pairs.unflatten(1, (queries + 1, queries + 1))
+    area = (pairs.sum(2) + pairs.sum(1))[:, :-1].gather(1, order)
+    ranked = F.one_hot(order, queries).to(pairs.dtype)  # a permutation, since not all runtimes can gather from a matrix
+    overlap = ranked @ (pairs + pairs.transpose(1, 2))[:, :-1, :-1] @ ranked.transpose(1, 2)
+    overlap = overlap.tril(-1)  # of each rank with those before it
+
+    # From here on in order of rank.
+    ranked_class, score = query_class.gather(1, order), confidence.gather(1, order)
+    thing = is_thing[ranked_class]
+    threshold = torch.where(thing, merging.thing_threshold, merging.stuff_threshold)
+    candidate = (score >= threshold) & (area > 0)
+    # Whether a mask is pasted depends on those before it: after i rounds, the first i are settled.
+    pasted, free = candidate, area
+    for _ in range(queries):
+        free = area - (overlap @ pasted.to(overlap.dtype)[..., None]).squeeze(2)
+        pasted = candidate & (free > merging.overlap_threshold * area)
+
+    itself = torch.eye(queries, dtype=torch.bool, device=order.device)
+    same = (ranked_class[:, :, None] == ranked_class[:, None]) & ~thing[:, :, None] | itself
+    same = (same & pasted[:, None]).to(free.dtype)  # (B, N, N): the pasted masks of each one's segment
+    segment_area = (same @ free[..., None]).squeeze(2)
+    limit = torch.where(thing, float(merging.thing_area_limit), float(merging.stuff_area_limit))
+    first = pasted & (same.tril(-1).sum(2) == 0) & (segment_area >= limit)
+    number = first.long().cumsum(1) * first
+    id_of_rank = (same @ number.to(same.dtype)[..., None]).squeeze(2).long() * pasted
+
+    ranks = torch.arange(queries, device=order.device).expand_as(order)
+    rank = torch.full_like(order, queries).scatter(1, order, torch.where(pasted, ranks, queries))
+    rank, id_of_rank = F.pad(rank, (0, 1), value=queries), F.pad(id_of_rank, (0, 1))
+    winner = rank.gather(1, masks.flatten(1)).view_as(masks).amin(1)
+    ids = id_of_rank.gather(1, winner.flatten(1)).view_as(winner)
+
+    column = torch.where(first, number - 1, queries)
+    table = torch.zeros_like(F.pad(score, (0, 1)))
+    classes = table.scatter(1, column, ranked_class.to(table.dtype))[:, :-1]
+    return ids, classes, table.scatter(1, column, score)[:, :-1]
+
+
+def _count(values: torch.Tensor, number: int) -> torch.Tensor:
+    """How often each integer from 0 to number - 1 is in the rows of (B, P): (B, number) float32, exact to 2^24."""
+    zeros = torch.zeros(values.shape[0], number, device=values.device)
+    return zeros.scatter_add(1, values, torch.ones_like(values, dtype=zeros.dtype))

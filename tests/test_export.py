@@ -1,0 +1,203 @@
+"""Exported files give what the model gives, in runtimes without PyTorch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import openvino
+import pytest
+import reference
+import torch
+from detectron2.modeling import build_model
+from PIL import Image
+
+import kmax_d2
+from kmax_d2.data.datasets import shapes
+from kmax_d2.engine import load_config
+from kmax_d2.errors import UserError
+from kmax_d2.export import NetworkGraph, PanopticGraph, merge
+from kmax_d2.modeling.merging import MaskWiseMerging
+from kmax_d2.tools import export
+
+IS_THING = [True] * 3 + [False] * 4
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(str(file.relative_to(ROOT / "configs"))[:-5] for file in (ROOT / "configs").rglob("*.yaml"))
+SIZE = (72, 104)
+EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
+
+
+def random_images(batch, height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (batch, height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(("tag", "num_classes"), [("coco", 133), ("cityscapes", 19)])
+def test_merging_as_tensor_operations(tag, num_classes):
+    arrays = reference.load(f"merge_{tag}")
+    merging, class_logits, mask_logits = reference.merging_of(arrays, num_classes)
+    size = tuple(arrays["image_size"].tolist())
+    expected = merging(class_logits, mask_logits, size)
+    ids, classes, scores = merge(merging, merging.is_thing, class_logits[None], mask_logits[None], size)
+    assert torch.equal(ids[0].int(), expected.segment_ids)
+    found = [(int(c), float(s)) for c, s in zip(classes[0], scores[0], strict=True)][: len(expected.segments)]
+    assert found == [(segment["category_id"], pytest.approx(segment["score"])) for segment in expected.segments]
+
+
+def test_merging_of_a_batch_with_overlaps():
+    merging = MaskWiseMerging(IS_THING, 0.4, 0.3, 0.2, 0.6, thing_area_limit=20, stuff_area_limit=60)
+    for _ in range(10):
+        class_logits = 3 * torch.randn(2, 24, len(IS_THING) + 1)
+        mask_logits = torch.nn.functional.interpolate(8 * torch.randn(2, 24, 4, 5), size=(17, 25), mode="bicubic")
+        ids, classes, _ = merge(merging, merging.is_thing, class_logits, mask_logits, (65, 97))
+        for image in range(2):
+            expected = merging(class_logits[image], mask_logits[image], (65, 97))
+            # The best of two equal logits may be another one.
+            assert (ids[image] != expected.segment_ids).float().mean() < 1e-3
+            found = classes[image, : len(expected.segments)].tolist()
+            assert found == [segment["category_id"] for segment in expected.segments]
+
+
+@pytest.fixture(scope="module")
+def onnx_file(tmp_path_factory):
+    """The quickstart's model as ONNX, at one size."""
+    file = tmp_path_factory.mktemp("exported") / "model.onnx"
+    arguments = ["--format", "onnx", "--output", str(file), "--size", *map(str, SIZE)]
+    export.main(["--config-file", "shapes/quickstart", *arguments])
+    return str(file)
+
+
+def expected_of(images, padded=False):
+    predict = kmax_d2.load("shapes/quickstart", device="cpu", options=["MODEL.KMAX.TEST.PAD_TO_CROP", padded])
+    inputs = [{"image": torch.from_numpy(image).permute(2, 0, 1)} for image in images]
+    return [results["panoptic_seg"] for results in predict.segment(inputs)]
+
+
+def assert_same(outputs, expected):
+    ids, table = outputs
+    assert ids.dtype == np.int32 and table.dtype == np.float32
+    for image, (expected_ids, segments) in enumerate(expected):
+        # Pixels at a threshold may fall on either side of it.
+        assert np.mean(ids[image] != expected_ids.numpy()) < 1e-3
+        for segment in segments:
+            class_id, score, area = table[image, segment["id"] - 1]
+            assert class_id == segment["category_id"] and score == pytest.approx(segment["score"], abs=1e-4)
+            assert area == np.count_nonzero(ids[image] == segment["id"])
+        assert np.count_nonzero(table[image, :, 2]) == len(segments)
+
+
+def run_onnx(file, images):
+    return onnxruntime.InferenceSession(file).run(None, {"images": images})
+
+
+def run_openvino(file, images):
+    results = openvino.Core().compile_model(file, "CPU", EXACT)({"images": images})
+    return [results[index] for index in range(2)]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Images of the quickstart's kind at SIZE: (2, H, W, 3)."""
+    folder = tmp_path_factory.mktemp("drawn")
+    shapes.write_split(folder, "val", 2, 4)
+    return np.stack([np.asarray(Image.open(f).resize(SIZE[::-1])) for f in sorted((folder / "val").iterdir())])
+
+
+@pytest.mark.parametrize("run", [run_onnx, run_openvino])
+def test_from_image_to_panoptic_result(onnx_file, drawn, run):
+    expected = expected_of(drawn)
+    assert sum(len(segments) for _, segments in expected) > 3
+    for index, image in enumerate(drawn):
+        assert_same(run(onnx_file, image[None]), expected[index : index + 1])
+
+
+WITHOUT_TORCH = """
+import runpy, sys
+sys.modules["torch"] = sys.modules["detectron2"] = None  # importing them fails
+runpy.run_path(sys.argv[1])["main"](sys.argv[2:])
+"""
+
+
+def test_the_demo_needs_no_pytorch(onnx_file, drawn, tmp_path):
+    Image.fromarray(drawn[0]).save(tmp_path / "image.png")
+    script, image, output = ROOT / "demo" / "onnx_demo.py", tmp_path / "image.png", tmp_path / "out.png"
+    command = [sys.executable, "-c", WITHOUT_TORCH, script, onnx_file, image, output]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ((_, segments),) = expected_of(drawn[:1])
+    lines = [f"segment {s['id']}: class {s['category_id']}, score {s['score']:.2f}, " for s in segments]
+    assert all(line.startswith(start) for line, start in zip(done.stdout.splitlines(), lines, strict=True))
+    assert Image.open(output).size == SIZE[::-1]
+    done = subprocess.run([*command[:-2], tmp_path / "none.png", output], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_torchscript_and_half_precision(drawn, tmp_path):
+    arguments = ["--config-file", "shapes/quickstart", "--size", *map(str, SIZE), "--format", "torchscript"]
+    export.main([*arguments, "--output", str(tmp_path / "model.ts")])
+    with torch.no_grad():
+        found = torch.jit.load(tmp_path / "model.ts")(torch.from_numpy(drawn[:1]))
+    assert_same([each.numpy() for each in found], expected_of(drawn[:1]))
+    half = ["--precision", "bfloat16", "--what", "network"]
+    export.main([*arguments, *half, "--output", str(tmp_path / "half.ts")])
+    assert (tmp_path / "half.ts").stat().st_size < 0.7 * (tmp_path / "model.ts").stat().st_size
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--format onnx --output model.pt2", "in the format onnx must end in .onnx"),
+        ("--format torchscript --output model.ts --dynamic", "TorchScript keeps the size"),
+        ("--format onnx --output model.onnx --precision bfloat16", "takes bfloat16 from the runtime"),
+        ("--format onnx --output model.onnx --precision int8", "needs --format onnx or openvino, and --images"),
+        ("--format pt2 --output model.pt2 --precision int8 --images .", "needs --format onnx or openvino"),
+        ("--format onnx --output model.onnx --size 0 5", "--size must be at least 1 1"),
+    ],
+)
+def test_what_cannot_be_exported(arguments, message):
+    with pytest.raises(UserError, match=message):
+        export.main(["--config-file", "shapes/quickstart", *arguments.split()])
+
+
+@pytest.mark.parametrize(("kind", "name"), [("onnx", "model.onnx"), ("openvino", "model.bin")])
+def test_an_existing_file_stays(tmp_path, kind, name):
+    (tmp_path / name).write_text("mine")
+    output = tmp_path / name.replace(".bin", ".xml")
+    with pytest.raises(UserError, match=f"{name} exists: choose another name, or add --overwrite"):
+        export.main(["--config-file", "shapes/quickstart", "--format", kind, "--output", str(output)])
+    assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, ending, run", [("onnx", "onnx", run_onnx), ("openvino", "xml", run_openvino)])
+def test_any_size_and_batch(drawn, tmp_path, kind, ending, run):
+    file = str(tmp_path / f"model.{ending}")
+    export.main(["--config-file", "shapes/quickstart", "--dynamic", "--format", kind, "--output", file])
+    for images in (drawn, drawn[:1, :50, :90], drawn.repeat(2, 1)):
+        assert_same(run(file, images), expected_of(images))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [name for name in CONFIGS if "base" not in name])
+def test_every_config(config, tmp_path):
+    """Its blocks and options, at a small width and depth; the network agrees in both runtimes, and so do the masks."""
+    few = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.KMAX.NORM", "BN", "MODEL.KMAX.TIMM.PRETRAINED", False]
+    cfg = load_config(config, few)
+    if cfg.MODEL.KMAX.NUM_CLASSES == 0:
+        cfg.MODEL.KMAX.NUM_CLASSES = 19
+    model = build_model(cfg).eval()
+    images = torch.from_numpy(random_images(1, 65, 65))
+    for graph_of, names in ((NetworkGraph, export.OUTPUTS["network"]), (PanopticGraph, export.OUTPUTS["panoptic"])):
+        graph = graph_of(model).eval()
+        with torch.no_grad(), export.quiet():
+            proto = export.to_onnx(graph, images, False, names)
+            expected = [each.numpy() for each in graph(images)]
+        export.imported("onnx").save(proto, tmp_path / "model.onnx")
+        for run in (run_onnx, run_openvino):
+            found = run(str(tmp_path / "model.onnx"), images.numpy())
+            if graph_of is NetworkGraph:
+                for one, other in zip(found, expected, strict=True):
+                    assert np.abs(one - other).max() <= 1e-4 * np.abs(other).max()
+            else:
+                assert np.mean(found[0] != expected[0]) < 1e-3
