@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-all lint docs install clean
+.PHONY: quickstart test test-all test-web lint docs install clean
 
 quickstart: $(STAMP)
 	$(BIN)/python -m kmax_d2.tools.quickstart
@@ -15,6 +15,12 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest
+
+# The web page in a real browser.
+test-web: $(STAMP)
+	@$(PIP) install -e ".[web]" playwright
+	@command -v chromium google-chrome >/dev/null || $(BIN)/playwright install --with-deps chromium
+	$(BIN)/python -m pytest tests/web
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

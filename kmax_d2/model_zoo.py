@@ -58,6 +58,11 @@ def has_weights(name: str) -> bool:
     return _relative(name) in _ARCHIVES | _INCLUDED
 
 
+def names_with_weights() -> list[str]:
+    """Returns the names of all models that :func:`has_weights` is true of."""
+    return sorted([*_ARCHIVES, *_INCLUDED])
+
+
 def get_checkpoint_url(name: str) -> str:
     """Returns the URL of a model's published weights, or the path of included ones.
 
@@ -69,7 +74,7 @@ def get_checkpoint_url(name: str) -> str:
     if relative in _INCLUDED:
         return str(_INCLUDED[relative])
     get_config_file(name)  # an unknown name is a different error
-    known = sorted([*_ARCHIVES, *_INCLUDED])
+    known = names_with_weights()
     raise UserError(
         f"no weights of {name} are published{did_you_mean(relative, known)} Weights exist for {', '.join(known)}"
     )

@@ -10,6 +10,7 @@ from kmax_d2 import errors
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "demo" / "demo.py"
+WEB = ROOT / "demo" / "web.py"
 TRAIN_NET = ROOT / "train_net.py"
 
 

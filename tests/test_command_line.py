@@ -7,7 +7,7 @@ from pathlib import Path
 
 import programs
 import pytest
-from programs import DEMO, ROOT, run
+from programs import DEMO, ROOT, WEB, run
 
 from kmax_d2.command_line import ConfigParser
 from kmax_d2.errors import UserError
@@ -15,7 +15,7 @@ from kmax_d2.errors import UserError
 TOOLS = sorted(
     file.stem for file in (ROOT / "kmax_d2" / "tools").glob("*.py") if "__main__" in file.read_text(encoding="utf-8")
 )
-PROGRAMS = [*(["-m", f"kmax_d2.tools.{name}"] for name in TOOLS), [str(DEMO)]]
+PROGRAMS = [*(["-m", f"kmax_d2.tools.{name}"] for name in TOOLS), [str(DEMO)], [str(WEB)]]
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: Path(program[-1]).name)
