@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 PARSES_FIRST = True  # read by kmax_d2, which then does not import PyTorch yet
 
@@ -77,25 +77,27 @@ def common_folder(sources: Sequence[str]) -> str:
     return os.path.commonpath(folders) if folders else ""
 
 
+def load_model(args: argparse.Namespace) -> tuple[Predictor, Callable[..., Result]]:
+    """Returns the predictor, and the function that segments an image with it, whole or in tiles."""
+    predict = load(args.config_file or "", options=args.opts)
+    return predict, predict if args.tile is None else functools.partial(predict.tiled, size=args.tile)
+
+
 def segment_images(args: argparse.Namespace) -> None:
     """Segments images and writes what is asked for; one that cannot be read does not stop the others."""
     sources, errors = find_images(args.input)
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
-    written = 0
+    written, folder = 0, Path(args.output)
     if sources:
-        folder = Path(args.output)
-        panoptic, instances, semantic = (
-            Path(path) if path else None for path in (args.save_json, args.save_instances, args.save_semantic)
-        )
+        paths = args.save_json, args.save_instances, args.save_semantic
+        panoptic, instances, semantic = (Path(path) if path else None for path in paths)
         outputs = [(folder, ".png")] + ([(folder, "_assignments.png")] if args.assignments else [])
-        outputs += [(png_folder(panoptic), ".png")] if panoptic else []
-        outputs += [(semantic, ".png")] if semantic else []
+        outputs += [(place, ".png") for place in (panoptic and png_folder(panoptic), semantic) if place]
         stems = name_outputs(sources, outputs)
         files = [place / (stem + ending) for stem in stems.values() for place, ending in outputs]
         require_own([*files, *(file for file in (panoptic, instances) if file)], args.overwrite)
-        predict = load(args.config_file or "", options=args.opts)
-        segment = predict if args.tile is None else functools.partial(predict.tiled, size=args.tile)
+        predict, segment = load_model(args)
         make_folder(folder)
         common = common_folder(sources)
         with CocoFiles(predict.metadata, panoptic, instances, semantic) as coco_files:
@@ -124,28 +126,25 @@ def segment_video(args: argparse.Namespace) -> None:
     """Segments a video, or what a camera sees, and writes a video; what is written when it is interrupted is kept."""
     if args.save_json or args.save_instances or args.save_semantic or args.assignments:
         raise UserError("--save-json, --save-instances, --save-semantic, and --assignments are for images (--input)")
-    camera = args.video_input is None
-    stem = f"camera-{args.webcam}" if camera else name_outputs([args.video_input], [(Path(args.output), ".avi")])
-    file = video_file(args.output, stem if camera else stem[args.video_input])
-    if file.resolve() == Path(args.video_input or "").resolve():
+    source = args.video_input or f"camera-{args.webcam}"
+    file = video_file(args.output, name_outputs([source], [(Path(args.output), ".avi")])[source])
+    if file.resolve() == Path(source).resolve():
         raise UserError(f"{file} is the input: choose another --output")
-    reader = VideoReader(args.webcam if camera else args.video_input)
+    reader = VideoReader(args.video_input or args.webcam)
     require_own([file], args.overwrite)
-    predict = load(args.config_file or "", options=args.opts)
-    segment: Predictor | functools.partial[Result]
-    segment = predict if args.tile is None else functools.partial(predict.tiled, size=args.tile)
+    _, segment = load_model(args)
     written, start = 0, time.perf_counter()
     try:
         with VideoWriter(file, reader.rate) as writer:
             for frame in tqdm(reader, total=reader.count or None, unit="frame", disable=None):
                 picture = segment(frame).draw()
-                if camera and not written:  # as many frames a second as are segmented
+                if args.webcam is not None and not written:  # as many frames a second as are segmented
                     writer.rate = min(reader.rate, 1 / (time.perf_counter() - start))
                 writer.write(picture)
                 written += 1
     finally:
         rate = written / (time.perf_counter() - start)
-        print(f"{reader.name} -> {file}: {written} frames, {rate:.1f} frames a second")
+        print(f"{source} -> {file}: {written} frames, {rate:.1f} frames a second")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -38,7 +38,8 @@ def add_kmax_config(cfg: CfgNode) -> None:
     cfg.SOLVER.ACCUMULATE = 1  # parts of a step's IMS_PER_BATCH images that go through the model one after another
     # Parts that do not learn, of "backbone", "pixel_decoder", "transformer_decoder", and "semantic_head".
     cfg.SOLVER.FREEZE = []
-    cfg.SOLVER.LAYER_DECAY = 1.0  # "KMaXViT": factor on the learning rate from each block to the one before it
+    # In a vision transformer, factor on the learning rate from each block to the one before.
+    cfg.SOLVER.LAYER_DECAY = 1.0
     cfg.SOLVER.BEST_METRIC = "panoptic_seg/PQ"  # model_best.pth has the weights of its highest value; "" saves none
     cfg.SOLVER.PATIENCE = 0  # evaluations in a row without a better BEST_METRIC that end the training; 0 for no limit
     cfg.SOLVER.TRACKERS = []  # "wandb", "mlflow", or both, which get all metrics; their packages must be installed
@@ -48,10 +49,10 @@ def add_kmax_config(cfg: CfgNode) -> None:
     cfg.SOLVER.EMA.DECAY = 0.9998  # fraction of the average that one step keeps, from 0 to below 1
     cfg.SOLVER.EMA.WARMUP = True  # start with a smaller decay: 1 - step ** (-2/3) until that reaches DECAY
 
-    cfg.TEST.PICTURES = 4  # test images whose predictions each evaluation in training draws for TensorBoard
+    cfg.TEST.PICTURES = 4  # test images whose predictions are drawn for TensorBoard after each of EVAL_PERIOD
 
     cfg.MODEL.META_ARCHITECTURE = "KMaXDeepLab"  # the whole model, by its name in META_ARCH_REGISTRY
-    # Backbone: "KMaXResNet", "KMaXMaXS", "KMaXConvNeXt", "KMaXTimm", "KMaXViT", or any other in BACKBONE_REGISTRY.
+    # Backbone: "KMaXResNet", "KMaXMaXS", "KMaXConvNeXt", "KMaXTimm", or any other name in BACKBONE_REGISTRY.
     cfg.MODEL.BACKBONE.NAME = "KMaXResNet"
     cfg.MODEL.PIXEL_MEAN = [127.5, 127.5, 127.5]  # subtracted from each channel; pixel values are 0 to 255
     cfg.MODEL.PIXEL_STD = [127.5, 127.5, 127.5]  # each channel is divided by it; the defaults scale to [-1, 1]
@@ -84,8 +85,8 @@ def add_kmax_config(cfg: CfgNode) -> None:
     kmax.CONVNEXT.WIDTHS = [96, 192, 384, 768]  # channels of stages 2 to 5
     kmax.CONVNEXT.DROP_PATH = 0.3  # drop path rate of the last block, rising linearly from 0 at the first
 
-    kmax.TIMM = CfgNode()  # read by "KMaXTimm" and "KMaXViT"
-    kmax.TIMM.NAME = "resnet50"  # any timm model that provides feature maps, or for "KMaXViT" a vision transformer
+    kmax.TIMM = CfgNode()  # read by "KMaXTimm"
+    kmax.TIMM.NAME = "resnet50"  # any timm model that provides feature maps, or a vision transformer of timm's
     kmax.TIMM.PRETRAINED = False  # start from timm's weights, downloaded once; ignored if MODEL.WEIGHTS is set
 
     kmax.PIXEL_DECODER = CfgNode()

@@ -15,9 +15,17 @@ TRAIN_NET = ROOT / "train_net.py"
 
 def run(*arguments, timeout=300, **environment):
     """Runs Python in the repository with arguments, such as a program and its own; returns the finished process."""
+    return subprocess.run(**_process(arguments, environment), capture_output=True, timeout=timeout)
+
+
+def start(*arguments, **environment):
+    """Starts what :func:`run` runs; returns the process, whose output is in pipes."""
+    return subprocess.Popen(**_process(arguments, environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def _process(arguments, environment):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=timeout)
+    return {"args": [sys.executable, *map(str, arguments)], "env": environment, "cwd": ROOT, "text": True}
 
 
 def load(file):

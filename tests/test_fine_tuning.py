@@ -1,20 +1,24 @@
 """Training as people train: frozen parts, batches in parts, the best weights, an early end, and scaled schedules."""
 
 import json
+import logging
 import math
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils.events import EventStorage
 from programs import TRAIN_NET, load, one_line
-from runs import arguments, write_own_data
+from runs import arguments, train_net, write_own_data
+from small import options
 
+from kmax_d2.checkpoint.class_rows import OF_CLASSES, take_rows
 from kmax_d2.engine import Trainer, setup
-from kmax_d2.engine.diagnosis import explain_memory
-from kmax_d2.engine.writers import tracker
+from kmax_d2.engine.diagnosis import memory_advice
+from kmax_d2.engine.writers import Progress, tracker
 from kmax_d2.errors import UserError
 
 
@@ -152,11 +156,10 @@ def test_the_command_line():
 
 def test_memory_that_runs_out_names_what_needs_less(own_data, tmp_path):
     cfg = setup(arguments(own_data, OUTPUT_DIR=str(tmp_path), SOLVER__AMP__ENABLED=True))
-    line = str(explain_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), cfg))
+    line = memory_advice(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), cfg)
     assert line.startswith("not enough memory for 2 images of 65×65 at once; what needs less: SOLVER.ACCUMULATE 2 (")
     assert "CHECKPOINT_BLOCKS" in line and "AMP" not in line
-    other = RuntimeError("shapes do not fit")
-    assert explain_memory(other, cfg) is other
+    assert memory_advice(RuntimeError("shapes do not fit"), cfg) == ""
 
 
 def test_evaluations_draw_pictures_for_tensorboard(own_data, tmp_path):
@@ -183,8 +186,85 @@ def test_trackers(own_data, tmp_path, monkeypatch):
     assert logged == [(3, {"loss": 1.5})]
 
 
-def test_the_line_of_a_run(own_data, tmp_path, caplog):
-    trainer = trainer_for(own_data, tmp_path, tests=False, SOLVER__MAX_ITER=21)
-    trainer.train()
-    last = json.loads((tmp_path / "metrics.json").read_text().splitlines()[0])
-    assert last["images_per_second"] > 0 and last["memory_gb"] > 0.1
+def test_the_line_of_a_run(caplog):
+    with EventStorage(19) as storage, caplog.at_level(logging.INFO):
+        storage.put_scalars(time=0.5, lr=0.001, total_loss=9.0, loss_instance=1.0, loss_instance_3=7.0)
+        Progress(100, 8).write()
+    assert "iteration 20 of 100: total_loss 9, loss_instance 1; lr 0.001; 16 images/s, 0:00:40 left, " in caplog.text
+    assert storage.latest()["images_per_second"][0] == 16
+
+
+def head(classes, first):
+    """Class heads of so many classes, whose rows are numbered from `first`; the semantic one has no void."""
+    rows = first + torch.arange(classes + 1.0)
+    return {"d.class_head.weight": rows[:, None].repeat(1, 3), "semantic_head.classifier.bias": rows[:-1]}
+
+
+@pytest.mark.parametrize(
+    ("names", "own_names", "expected"),
+    [
+        (["Car", "sky-other-merged", "tree"], ["sky", "dog", "car, auto"], [1, 101, 0, 3]),
+        (["a", "b"], ["c", "d"], [100, 101, 102]),  # as many, but others
+        (["a", "b"], ["a", "b"], [0, 1, 2]),
+        ([], ["person", "kite", "moon"], [0, 33, 102, 133]),  # weights published for COCO
+        ([], [], None),
+    ],
+)
+def test_rows_of_class_heads_go_to_the_classes_of_the_same_names(names, own_names, expected):
+    weights, own = head(len(names) or 133, 0), head(len(own_names), 100)
+    take_rows(weights, names, own, own_names)
+    if expected is not None:
+        assert weights["d.class_head.weight"][:, 1].tolist() == expected
+        assert weights["semantic_head.classifier.bias"].tolist() == expected[:-1]
+
+
+def test_a_checkpoint_of_other_classes_starts_a_training(own_data, tmp_path, caplog):
+    trainer_for(own_data, tmp_path / "first", tests=False, SOLVER__MAX_ITER=1).train()
+    content = json.loads(Path(own_data["train"][2]).read_text())
+    names = [category["name"] for category in content["categories"]]
+    for index, category in enumerate(content["categories"]):
+        category["name"] = names[1] if index == 1 else f"new {category['name']}"
+    file = tmp_path / "other.json"
+    file.write_text(json.dumps(content))
+    other = {"train": [*own_data["train"][:2], str(file)], "val": None}
+    weights = str(tmp_path / "first" / "model_final.pth")
+    trainer = trainer_for(other, tmp_path / "second", tests=False, MODEL__WEIGHTS=weights)
+    before = trainer.model.transformer_decoder.predictor.class_head.weight.clone()
+    with caplog.at_level(logging.INFO):
+        trainer.resume_or_load(resume=False)
+    assert f"take over 1 of {len(names)} classes ({names[1]})" in caplog.text
+    old = torch.load(weights, weights_only=True)["model"]
+    now = trainer.model.state_dict()
+    name = "transformer_decoder.predictor.class_head.weight"
+    same = [bool(now[name][row].equal(old[name][row])) for row in range(len(names) + 1)]
+    assert same == [row in (1, len(names)) for row in range(len(names) + 1)]
+    assert now[name][0].equal(before[0])
+    assert all(now[n].equal(old[n]) for n in old if not OF_CLASSES.fullmatch(n))
+
+
+def test_test_data_are_looked_at_before_an_evaluation(own_data, tmp_path):
+    content = json.loads(Path(own_data["val"][2]).read_text())
+    content["images"][1]["width"] = 7
+    (tmp_path / "broken.json").write_text(json.dumps(content))
+    files = ["--test-data", *own_data["val"][:2], str(tmp_path / "broken.json")]
+    changes = options(OUTPUT_DIR=tmp_path / "out", MODEL__WEIGHTS="missing.pth", MODEL__KMAX__NUM_CLASSES=0)
+    with pytest.raises(UserError, match="broken cannot be used"):
+        load(TRAIN_NET).main(["--eval-only", *files, *map(str, changes)])
+
+
+@pytest.mark.slow
+def test_processes_add_up_the_parts_too(own_data, tmp_path):
+    moments = []
+    for parts in (1, 2):
+        changes = {"MODEL__KMAX__NORM": "FrozenBN", "MODEL__KMAX__LOSS__NUM_SAMPLES": 10000, "SOLVER__MAX_ITER": 1}
+        changes |= {"MODEL__KMAX__TRANSFORMER_DECODER__DROP_PATH": 0.0, "MODEL__KMAX__LOSS__SEMANTIC_WEIGHT": 0.0}
+        changes |= {"SOLVER__IMS_PER_BATCH": 4, "SOLVER__ACCUMULATE": parts, "SOLVER__FREEZE": ["pixel_decoder"]}
+        run = train_net(tmp_path / str(parts), own_data, "--num-gpus", "2", **changes)
+        assert run.returncode == 0, run.stderr
+        saved = torch.load(tmp_path / str(parts) / "model_final.pth", weights_only=True)
+        state = saved["trainer"]["_trainer"]["optimizer"]["state"]
+        moments.append([state[key]["exp_avg"] for key in sorted(state)])
+        assert saved["trainer"]["_trainer"]["samples"] == 4
+    assert sum(bool(moment.any()) for moment in moments[0]) > 50
+    for one, two in zip(*moments, strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4 * float(one.abs().max()) + 1e-8)

@@ -64,6 +64,17 @@ def test_same_function(tag):
         assert np.abs(computed[name].numpy() - value).max() < TOLERANCE * np.abs(value).max(), name
 
 
+@pytest.mark.parametrize(("config", "tag"), [("coconut/r50", "coco_r50"), ("coconut/convnext_l", "coco_convnext_b")])
+def test_coconuts_published_checkpoints_have_all_of_its_models_weights(config, tag):
+    """The large model has the same names as the base model, and wider layers in the backbone."""
+    shapes = reference.shapes(f"state_dict_{tag}")
+    state_dict = port_to_state_dict({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+    own = {name: value.shape for name, value in empty_model(config).state_dict().items() if name in state_dict}
+    assert len(own) == len(state_dict) and {name.split(".")[0] for name in own} >= {"backbone"}
+    other = {name for name, shape in own.items() if shape != state_dict[name].shape}
+    assert not other if tag == "coco_r50" else len(other) > 100
+
+
 def test_values_are_not_copied():
     qkv = "sem_seg_head.pixel_decoder._stages.0._blocks.0._attention._width_axis.qkv_transform.conv.weight"
     for name, shape in [(qkv, (8, 4, 1)), ("sem_seg_head.predictor._cluster_centers.weight", (4, 3))]:
@@ -85,6 +96,8 @@ def test_detection():
         ("cityscapes/r50_standard", (), []),
         ("coco/convnext_t", DILATION, []),
         ("cityscapes/convnext_t", DILATION, []),
+        ("coconut/r50", (), []),
+        ("coconut/convnext_l", (), []),
         ("coco/convnext_t", (), ["MODEL.KMAX.PIXEL_DECODER.DILATION 1"]),
         ("coco/r50", DILATION, ["MODEL.KMAX.RESNET.STANDARD True"]),
         (

@@ -16,11 +16,9 @@ from kmax_d2.evaluation.analysis import (
     class_counts,
     confusion_matrix,
     counts_by_size,
-    errors_of,
-    image_quality,
 )
-from kmax_d2.evaluation.panoptic_quality import Pair, count_overlaps, pair_segments
-from kmax_d2.tools.report import describe_error, main
+from kmax_d2.evaluation.panoptic_quality import Pair, count_overlaps, count_pairs, pair_segments, quality_row
+from kmax_d2.tools.report import describe, main
 
 
 def segments(*classes, **more):
@@ -49,32 +47,35 @@ def test_pairs(pairs):
         (None, 4, 0.0, False),
     ]
     assert [(p.true or p.predicted)["area"] for p in pairs] == [4, 2, 2, 2, 3, 1]
-    wrong = [describe_error(error, ["car", "dog", "sky"]) for error in errors_of(pairs)]
+    wrong = [describe(pair, ["car", "dog", "sky"]) for pair in pairs if pair.is_error]
     assert wrong == ["dog taken for sky, IoU 1.00", "missed dog", "missed sky", "invented dog, score 0.95"]
 
 
 def test_confusion_matrix(pairs):
-    assert confusion_matrix([pairs, pairs[:1]], 3).tolist() == [[2, 0, 0, 0], [0, 0, 1, 1], [0, 0, 0, 1], [0, 1, 0, 0]]
+    assert confusion_matrix([*pairs, pairs[0]], 3).tolist() == [[2, 0, 0, 0], [0, 0, 1, 1], [0, 0, 0, 1], [0, 1, 0, 0]]
 
 
 def test_quality_of_an_image(pairs):
     assert class_counts([[], pairs], 3)[1].tolist() == [[0.75, 1, 0, 0], [0, 0, 1, 2], [0, 0, 1, 1]]
-    assert image_quality(pairs) == pytest.approx(0.75 / 3)
-    assert image_quality([]) == 1
+    counts = count_pairs(pairs)
+    assert quality_row(counts, counts) == pytest.approx([25, 25, 100 / 3, 1, 2, 3])
+    assert quality_row({}, [0]) == [None, None, None, 0, 0, 0]
 
 
 def test_quality_by_size():
     true, predicted = ({"category_id": c, "area": area} for c, area in ((0, 1024), (1, 10**4)))
-    by_size = counts_by_size([[Pair(true, predicted, 0.6, False), Pair(true, true, 0.8, False)]])
-    found = {size: {c: counts.tolist() for c, counts in of_size.items()} for size, of_size in by_size.items()}
-    assert found == {"small": {}, "medium": {0: [0.8, 1, 0, 1]}, "large": {1: [0, 0, 1, 0]}}
+    pairs = [Pair(true, predicted, 0.6, False), Pair(true, true, 0.8, False), Pair(None, predicted, 0, False)]
+    found = {
+        size: {c: counts.tolist() for c, counts in of_size.items()} for size, of_size in counts_by_size(pairs).items()
+    }
+    assert found == {"small": {}, "medium": {0: [0.8, 1, 0, 1], 1: [0, 0, 1, 0]}, "large": {1: [0, 0, 1, 0]}}
 
 
 def test_calibration(pairs):
-    error, bins = calibration([pairs])
+    error, bins = calibration(pairs)
     assert np.array(bins) == pytest.approx(np.array([(1, 0.5, 0), (2, 0.925, 0.5)]))
     assert error == pytest.approx((0.5 + 2 * 0.425) / 3)
-    assert np.isnan(calibration([[]])[0])
+    assert np.isnan(calibration([])[0])
 
 
 def test_bootstrap_of_two_images():
@@ -119,7 +120,7 @@ def test_a_page_about_two_models(own, tmp_path, monkeypatch):
     first, second = evaluated(WEIGHTS, data), evaluated(folder / "worse.pth", data)
     assert first > second
     row = re.sub("<[^>]*>", " ", page[page.index("<td>all") :].partition("</tr>")[0]).split()
-    assert [row[2], row[5], row[8]] == [f"{first:.1f}", f"{second:.1f}", f"{second - first:+.1f}"]
+    assert [row[1], row[7], row[13]] == [f"{first:.1f}", f"{second:.1f}", f"{second - first:.1f}"]
     (tmp_path / "report.html").write_text("mine")
     with pytest.raises(UserError, match=r"report\.html exists and was not made by kmax_d2"):
         main(command)

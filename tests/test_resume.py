@@ -69,9 +69,9 @@ def run(own_data, folder, **changes):
     [
         {},
         {"DATALOADER__NUM_WORKERS": 1, "SEED": -1, "SOLVER__EMA__ENABLED": True},
-        {"DATALOADER__NUM_WORKERS": 2, "INPUT__COPY_PASTE": False},
+        {"DATALOADER__NUM_WORKERS": 2, "INPUT__COPY_PASTE": False, "SOLVER__ACCUMULATE": 2},
     ],
-    ids=["plain", "seed drawn, averaged", "two workers"],
+    ids=["plain", "seed drawn, averaged", "two workers, in parts"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(own_data, tmp_path, changes):
     changes |= {"MODEL__KMAX__TRANSFORMER_DECODER__DROP_PATH": 0.3}

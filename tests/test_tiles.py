@@ -6,6 +6,7 @@ from collections import Counter
 import cv2
 import numpy as np
 import pytest
+from miniature import COCO_SAMPLE
 
 import kmax_d2.inference.tiles as tiles
 from kmax_d2.data.datasets import shapes
@@ -38,7 +39,8 @@ def cut(ids, segments):
     own = np.zeros_like(ids)
     for number, segment in enumerate(present, start=1):
         own[ids == segment["id"]] = number
-    return own, [segment | {"id": number} for number, segment in enumerate(present, start=1)]
+    areas = np.bincount(own.ravel())
+    return own, [s | {"id": i, "area": int(areas[i])} for i, s in enumerate(present, start=1)]
 
 
 def quality(found, true):
@@ -89,7 +91,8 @@ def test_things_stay_apart_unless_they_agree_in_class_and_overlap():
     categories = {1: (0, 0), 2: (1, 1), 3: (2, 3)}
     for tile, (ids, begin) in enumerate([(left, 0), (right, 10)]):
         segments = [
-            {"id": i, "category_id": categories[i][tile], "isthing": True, "score": 1.0 - tile / 2} for i in (1, 2, 3)
+            {"id": i, "category_id": categories[i][tile], "isthing": True, "area": 24, "score": 1.0 - tile / 2}
+            for i in (1, 2, 3)
         ]
         joiner.add(0, begin, (0, 10 * tile), ids, segments)
     found, segments = joiner.finish()
@@ -137,6 +140,16 @@ def test_an_image_larger_than_those_of_the_training(predict, monkeypatch):
         for category, of_image in match_segments(tiled.panoptic.ids, found, ids, true).items():
             counts[category] = counts[category] + of_image
     assert panoptic_quality(counts, counts)["pq"] > 0.6
+
+
+def test_a_photograph_in_tiles_is_as_in_the_whole():
+    predict = load("camvid/street", device="cpu")
+    for photo in COCO_SAMPLE.glob("*.jpg"):
+        whole, tiled = predict(photo), predict.tiled(photo, 160)
+        assert (whole.semantic == tiled.semantic).mean() > 0.9
+        found, true = ([{"id": s.id, "category_id": s.class_id} for s in r.panoptic.segments] for r in (tiled, whole))
+        counts = match_segments(tiled.panoptic.ids, found, whole.panoptic.ids, true)
+        assert panoptic_quality(counts, counts)["pq"] > 0.6
 
 
 @pytest.mark.parametrize(("size", "overlap"), [(0, None), (-5, None), (100, 51), (100, -1)])

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import cv2
@@ -75,16 +73,15 @@ def test_a_video_from_a_video(demo, tmp_path, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupted_run_leaves_a_video(tmp_path, number):
-    command = [sys.executable, programs.DEMO, "--video-input", write(tmp_path / "long.avi", 2000), *QUICK]
-    command += ["--output", tmp_path / "out.mp4"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(programs.ROOT)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    while process.poll() is None and not ((tmp_path / "out.mp4").exists() and (tmp_path / "out.mp4").stat().st_size):
-        time.sleep(0.1)
-    process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
+    file = tmp_path / "out.mp4"
+    command = [programs.DEMO, "--video-input", write(tmp_path / "long.avi", 2000), *QUICK, "--output", file]
+    with programs.start(*command) as process:
+        while process.poll() is None and not (file.exists() and file.stat().st_size):
+            time.sleep(0.1)
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=60)
     assert process.returncode != 0 and errors.endswith("\ninterrupted\n") and "Traceback" not in errors
-    assert 0 < len(list(VideoReader(str(tmp_path / "out.mp4")))) < 2000
+    assert 0 < len(list(VideoReader(str(file)))) < 2000
     assert " frames a second" in output
 
 

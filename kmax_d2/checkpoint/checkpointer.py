@@ -16,13 +16,13 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import UserError
 from ..files import whole_file
+from .class_rows import OF_CLASSES, take_rows
 from .formats import read_checkpoint
+from .origin import ENTRY
 
 logger = logging.getLogger(__name__)
 # Inference does not read these, so that they may be missing.
 TRAINING_ONLY = ("semantic_head.", "criterion.")
-# Their first axis is the classes.
-_OF_CLASSES = re.compile(r"(.*\.class_head|semantic_head\.classifier)\.(weight|bias)")
 LAST = "last_checkpoint"  # the file that names the newest checkpoint
 _OF_TRAINING = re.compile(r"model_(\d+|final)\.pth")
 
@@ -37,8 +37,8 @@ class KMaXCheckpointer(DetectionCheckpointer):
         keep: how many of the checkpoints that are saved regularly to keep, the newest; 0 keeps all.
         origin: an entry that tells where the weights come from, of :func:`~kmax_d2.checkpoint.origin.describe_model`.
         complete: whether the file must have every weight that inference reads. Otherwise a part, such as a pre-trained
-            backbone, is enough, and class heads for another number of classes keep their initial values. What is
-            resumed is always complete.
+            backbone, is enough, and class heads take over the classes that `origin` has too. What is resumed is always
+            complete.
 
     Attributes:
         taken: the names of the weights that the last call of :meth:`load` loaded.
@@ -113,6 +113,12 @@ class KMaXCheckpointer(DetectionCheckpointer):
         self.logger.info(f"[{type(self).__name__}] Loading from {path} ...")
         checkpoint = read_checkpoint(path, self.model, resume=bool(wanted))
         self._resumes = any(name in checkpoint for name in wanted)
+        if not self._resumes and not self.complete:
+            names, own_names = (
+                [category["name"] for category in entries.get(ENTRY, {}).get("categories", ())]
+                for entries in (checkpoint, self.origin)
+            )
+            take_rows(checkpoint["model"], names, self.model.state_dict(), own_names)
         self._log_incompatible_keys(self._load_model(checkpoint))
         for name in wanted:
             if name in checkpoint:
@@ -129,7 +135,7 @@ class KMaXCheckpointer(DetectionCheckpointer):
         if not self.taken:
             raise UserError("the checkpoint is for another model: none of its weights fit")
         of_classes = {
-            name for name, (got, want) in shapes.items() if _OF_CLASSES.fullmatch(name) and got[1:] == want[1:]
+            name for name, (got, want) in shapes.items() if OF_CLASSES.fullmatch(name) and got[1:] == want[1:]
         }
         if self._resumes:
             wrong = absent

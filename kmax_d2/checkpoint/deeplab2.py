@@ -9,7 +9,7 @@ import torch
 
 from .rules import COMMON, PLAIN_WORDS, Rule, from_zero, rename
 
-_CLASS_BIAS = "transformer_class_head/_conv/bias"  # one value per class and one for void
+CLASS_BIAS = "transformer_class_head/_conv/bias"  # one value per class and one for void
 
 
 # Applied in order to a name with dots for slashes; each names one part of the model.
@@ -92,7 +92,7 @@ def deeplab2_to_state_dict(
         array = _to_our_layout(official_name.rsplit("/", 1)[-1], name, np.asarray(array))
         if ".class_head." in name and is_thing is not None and len(array) == len(is_thing) + 1:
             array = array[_contiguous_classes(is_thing)]
-        if name.startswith("semantic_head.classifier.") and len(array) == len(variables[_CLASS_BIAS]):
+        if name.startswith("semantic_head.classifier.") and len(array) == len(variables[CLASS_BIAS]):
             # Void is its first channel; its classes are in contiguous order.
             array = np.roll(array, -1, axis=0)
         state_dict[name] = torch.from_numpy(array)

@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..errors import UserError
-from .deeplab2 import deeplab2_to_state_dict
+from .class_rows import published_metadata
+from .deeplab2 import CLASS_BIAS, deeplab2_to_state_dict
 from .download import download, is_address
 from .imagenet import imagenet_to_state_dict, is_imagenet, load_timm
 from .pytorch_port import check_port_options, is_port, port_to_state_dict
@@ -74,7 +75,7 @@ def _in_our_names(checkpoint: dict, model: Any) -> dict:
     """Converts the weights by the names that they have."""
     weights = checkpoint["model"]
     if any("/" in name for name in weights):
-        return {"model": deeplab2_to_state_dict(weights, model.merging.is_thing.tolist())}
+        return {"model": deeplab2_to_state_dict(weights, _things(weights, model.merging.is_thing.tolist()))}
     weights = {name: torch.as_tensor(value) for name, value in weights.items()}
     if is_port(weights):
         check_port_options(model)
@@ -82,6 +83,15 @@ def _in_our_names(checkpoint: dict, model: Any) -> dict:
     if is_imagenet(weights):
         return {"model": imagenet_to_state_dict(weights, model.pixel_mean, model.pixel_std)}
     return checkpoint | {"model": weights}
+
+
+def _things(variables: Mapping, is_thing: list[bool]) -> list[bool]:
+    """Whether each class of official weights is a thing: as in the model, or if that has others as in their dataset."""
+    count = len(variables.get(CLASS_BIAS, [0])) - 1
+    metadata = published_metadata(count) if count != len(is_thing) else None
+    if metadata is None:
+        return is_thing
+    return [index in metadata.thing_dataset_id_to_contiguous_id.values() for index in range(count)]
 
 
 def _read(file: str, resume: bool) -> dict:

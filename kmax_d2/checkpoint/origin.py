@@ -45,6 +45,7 @@ def merge_checkpoint(cfg: CfgNode, file: str) -> None:
         raise UserError(f"{file} has weights, but not their config: name the config, and {file} as its weights")
     merge(cfg, yaml.safe_load(entry["options"]))
     cfg.MODEL.WEIGHTS = file
+    cfg.INPUT.MIN_SIZE_TEST = cfg.INPUT.MAX_SIZE_TEST = -1  # computed again: further options may change the crop
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
     if entry["categories"]:
         name = f"classes of {file}"

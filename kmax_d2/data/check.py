@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,15 +39,16 @@ class Category(NamedTuple):
 
 @dataclass
 class Findings:
-    """The contents of a record's files: faults, (height, width), number of void pixels, and segments.
+    """The contents of a record's files: faults, (height, width), number of void pixels, segments, and a digest.
 
-    A segment is (category id, area in pixels, whether it is a crowd).
+    A segment is (category id, area in pixels, whether it is a crowd). The digest is that of the image's pixels.
     """
 
     faults: list[Fault] = field(default_factory=list)
     size: tuple[int, int] | None = None
     void: int = 0
     segments: list[tuple[int, int, bool]] = field(default_factory=list)
+    digest: bytes = b""
 
 
 @dataclass
@@ -73,7 +75,7 @@ def registered(name: str) -> Dataset:
     metadata = MetadataCatalog.get(name)
     json_file = metadata.get("panoptic_json")
     if json_file is None:
-        return _from_records(name)
+        raise UserError(f"the dataset {name} cannot be checked: its metadata have no panoptic_json")
     if not os.path.isfile(json_file):
         # Some datasets are created when first loaded; for others, the missing JSON is reported below.
         with contextlib.suppress(OSError, AssertionError, UserError):
@@ -118,19 +120,6 @@ def _categories(metadata: Metadata) -> dict[int, Category]:
     return dict(sorted(found.items(), key=lambda item: item[1].contiguous))
 
 
-def _from_records(name: str) -> Dataset:
-    """Describes a dataset of which the catalogs have only records, with contiguous classes."""
-    metadata = MetadataCatalog.get(name)
-    categories = {category.contiguous: category for category in _categories(metadata).values()}
-    try:
-        records = DatasetCatalog.get(name)
-    except (OSError, AssertionError) as error:
-        raise UserError(f"the dataset {name} cannot be loaded: {error}") from error
-    if not categories or any("pan_seg_file_name" not in record for record in records):
-        raise UserError(f"the dataset {name} is not panoptic")
-    return Dataset(name, metadata, categories, records, [])
-
-
 def require_readable(names: Sequence[str], records: Sequence[dict]) -> None:
     """Raises UserError for what makes records unusable, before a run starts; the datasets have the same classes.
 
@@ -160,7 +149,12 @@ def check_record(record: dict, categories: Container[int], whole: bool = True) -
     findings = Findings()
     faults, image = findings.faults, record["file_name"]
     png = record.get("pan_seg_file_name", "")  # a test set may have no ground truth
-    findings.size = _read(_size_when_read if whole else read_size, image, "image", faults)
+    if whole:
+        pixels = _read(read_rgb, image, "image", faults)
+        if pixels is not None:
+            findings.size, findings.digest = pixels.shape[:2], hashlib.sha1(pixels.tobytes()).digest()
+    else:
+        findings.size = _read(read_size, image, "image", faults)
     described = (record["height"], record["width"]) if "height" in record else None
     if findings.size and described and findings.size != described:
         faults.append(Fault("size mismatch", f"{image} is {_text(findings.size)}, the JSON says {_text(described)}"))
@@ -224,10 +218,6 @@ def _read(read: Callable[[str], Result], file: str, what: str, faults: list[Faul
     except UserError as error:
         faults.append(Fault(f"{'broken' if os.path.exists(file) else 'missing'} {what}", str(error)))
         return None
-
-
-def _size_when_read(file: str) -> tuple[int, int]:
-    return read_rgb(file).shape[:2]
 
 
 def _text(size: Sequence[int]) -> str:

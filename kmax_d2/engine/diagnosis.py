@@ -11,8 +11,6 @@ from detectron2.utils import comm
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..errors import UserError
-
 
 @torch.no_grad()
 def first_not_finite(model: nn.Module, forward: Callable[[], Any]) -> str:
@@ -45,10 +43,10 @@ def _is_finite(gradient: torch.Tensor | None) -> bool:
     return gradient is None or bool(gradient.isfinite().all())
 
 
-def explain_memory(error: RuntimeError, cfg: CfgNode) -> RuntimeError:
-    """Returns an error of a training step, or if memory ran out a UserError that names the options that need less."""
+def memory_advice(error: RuntimeError, cfg: CfgNode) -> str:
+    """Returns what needs less memory if an error says that it ran out; else an empty string."""
     if not isinstance(error, torch.cuda.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-        return error
+        return ""
     solver = cfg.SOLVER
     images = solver.IMS_PER_BATCH // comm.get_world_size() // solver.ACCUMULATE
     ways = [
@@ -60,7 +58,6 @@ def explain_memory(error: RuntimeError, cfg: CfgNode) -> RuntimeError:
         (True, "a smaller INPUT.CROP_SIZE (memory falls with its area)"),
     ]
     height, width = cfg.INPUT.CROP_SIZE
-    return UserError(
-        f"not enough memory for {images} image{'s' * (images > 1)} of {height}×{width} at once; what needs less: "
-        + "; ".join(text for helps, text in ways if helps)
-    )
+    what = f"{images} image{'s' * (images > 1)} of {height}×{width}"
+    ways_left = "; ".join(text for helps, text in ways if helps)
+    return f"not enough memory for {what} at once; what needs less: {ways_left}"

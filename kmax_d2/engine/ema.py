@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
-from detectron2.utils import comm
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from ..checkpoint import KMaXCheckpointer
 from ..checkpoint.origin import describe_model
-from ..files import whole_file
 
-FILE = "model_final_ema.pth"
+NAME = "model_final_ema"
 
 
 class WeightAverage(HookBase):
@@ -38,10 +34,9 @@ class WeightAverage(HookBase):
     def __init__(self, model: nn.Module, cfg: CfgNode):
         options = cfg.SOLVER.EMA
         self._ema = ModelEmaV3(model, decay=options.DECAY, use_warmup=options.WARMUP)
-        self._file = Path(cfg.OUTPUT_DIR) / FILE
-        self._origin = describe_model(cfg)
         self._restored = False
         self.model: nn.Module = self._ema.module.requires_grad_(False)
+        self._checkpointer = KMaXCheckpointer(self.model, cfg.OUTPUT_DIR, origin=describe_model(cfg))
 
     def before_train(self) -> None:
         """Starts the average at the current weights, unless a checkpoint restored it."""
@@ -57,9 +52,7 @@ class WeightAverage(HookBase):
 
     def save(self) -> None:
         """Writes the average as a checkpoint, in the main process."""
-        if comm.is_main_process():
-            with whole_file(self._file) as unfinished:
-                torch.save({"model": self.model.state_dict()} | self._origin, unfinished)
+        self._checkpointer.save(NAME)
 
     def state_dict(self) -> dict:
         """Returns the averaged weights, which Detectron2 stores in checkpoints."""

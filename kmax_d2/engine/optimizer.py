@@ -45,12 +45,12 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Builds AdamW with the options of SOLVER.
 
     The backbone's learning rate, and with it its effective decay, is multiplied by SOLVER.BACKBONE_MULTIPLIER, and in a
-    KMaXViT by SOLVER.LAYER_DECAY for each layer above. The pyramid of that learns as the decoders do.
+    vision transformer by SOLVER.LAYER_DECAY for each layer above. The pyramid of that learns as the decoders do.
     """
     solver = cfg.SOLVER
     layers_above = getattr(getattr(model, "backbone", None), "layers_above", None)
     if solver.LAYER_DECAY < 1 and layers_above is None:
-        raise UserError(f"SOLVER.LAYER_DECAY is for KMaXViT, not for {cfg.MODEL.BACKBONE.NAME}: leave it out")
+        raise UserError("SOLVER.LAYER_DECAY is for a vision transformer in KMaXTimm: leave it out for other backbones")
 
     def factor(name: str) -> float:
         if "backbone." not in name:

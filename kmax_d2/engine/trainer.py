@@ -43,7 +43,7 @@ from ..options import check
 from ..speed import training_model, use_precision
 from ..visualization import result_page
 from .best import EndedEarly, KeepBest
-from .diagnosis import explain_memory
+from .diagnosis import memory_advice
 from .ema import WeightAverage, unwrapped
 from .optimizer import Freeze, build_lr_scheduler, build_optimizer
 from .stop import StopOnSignal
@@ -106,8 +106,9 @@ class Trainer(DefaultTrainer):
         cfg, hooks = self.cfg, super().build_hooks()
         at = next(index for index, hook in enumerate(hooks) if isinstance(hook, EvalHook))
         average = self.average and EvalHook(cfg.TEST.EVAL_PERIOD, self._test_average)
-        pictures = EvalHook(cfg.TEST.EVAL_PERIOD, self._draw) if cfg.TEST.PICTURES else None
-        best = KeepBest(cfg, self.final_model) if cfg.TEST.EVAL_PERIOD and cfg.SOLVER.BEST_METRIC else None
+        evaluates = cfg.TEST.EVAL_PERIOD > 0
+        pictures = EvalHook(cfg.TEST.EVAL_PERIOD, self._draw) if evaluates and cfg.TEST.PICTURES else None
+        best = KeepBest(cfg, self.final_model) if evaluates and cfg.SOLVER.BEST_METRIC else None
         own = [StopOnSignal(), hooks[at], average, pictures, best]
         return [self._freeze, self.average, *hooks[:at], *own, *hooks[at + 1 :]]
 
@@ -122,7 +123,9 @@ class Trainer(DefaultTrainer):
         try:
             super().run_step()
         except RuntimeError as error:
-            raise explain_memory(error, self.cfg) from error
+            if advice := memory_advice(error, self.cfg):
+                raise UserError(advice) from error
+            raise
 
     def save_final(self) -> None:
         """Saves a checkpoint as after the last iteration."""

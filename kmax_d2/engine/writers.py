@@ -82,19 +82,22 @@ class Tracker(EventWriter):
 def tracker(name: str, cfg: CfgNode) -> Tracker:
     """Starts a run of Weights & Biases ("wandb") or MLflow ("mlflow"), which their own variables configure.
 
-    Raises UserError if the package is missing.
+    Raises UserError if the package is missing or does not start.
     """
+    options = yaml.safe_load(cfg.dump())
     try:
         package = importlib.import_module(name)
+        if name == "wandb":
+            folder = cfg.OUTPUT_DIR
+            run = package.init(project="kmax_d2", name=folder, dir=folder, config=options, resume="allow")
+            return Tracker(lambda metrics, step: run.log(metrics, step=step), run.finish)
+        package.set_experiment("kmax_d2")
+        package.start_run(run_name=cfg.OUTPUT_DIR)
+        package.log_dict(options, "config.yaml")
     except ImportError as error:
         raise UserError(f"SOLVER.TRACKERS has {name}, which is not installed: pip install {name}") from error
-    options = yaml.safe_load(cfg.dump())
-    if name == "wandb":
-        run = package.init(project="kmax_d2", name=cfg.OUTPUT_DIR, dir=cfg.OUTPUT_DIR, config=options, resume="allow")
-        return Tracker(lambda metrics, step: run.log(metrics, step=step), run.finish)
-    package.set_experiment("kmax_d2")
-    package.start_run(run_name=cfg.OUTPUT_DIR)
-    package.log_dict(options, "config.yaml")
+    except Exception as error:  # each has errors of its own
+        raise UserError(f"SOLVER.TRACKERS has {name}, which does not start: {error}") from error
     return Tracker(lambda metrics, step: package.log_metrics(metrics, step=step), package.end_run)
 
 

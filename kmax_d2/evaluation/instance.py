@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -12,6 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
+from pycocotools.cocoeval import COCOeval
 
 from ..data import panoptic_png
 from ..files import write_json
@@ -51,6 +53,10 @@ class InstanceEvaluator(COCOEvaluator):
                 for box, score, category, rle in zip(*parts, strict=True)
             ]
             self._predictions.append({"image_id": record["image_id"], "instances": instances})
+
+    def _derive_coco_results(self, coco_eval: COCOeval | None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        results = super()._derive_coco_results(coco_eval, *args, **kwargs)
+        return dict.fromkeys(results, 0.0) if coco_eval is None else results  # where nothing is predicted
 
 
 def things_of(record: dict) -> tuple[dict, list[dict]]:

@@ -20,7 +20,7 @@ from ..data.datasets.coco_panoptic import read_json
 from ..data.segment_ids import id2rgb
 from ..errors import UserError
 from .output import archive, compact, empty_folder
-from .panoptic_quality import match_segments, panoptic_quality
+from .panoptic_quality import SCORES, match_segments, quality_row
 from .pool import EvaluationPool
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class PanopticEvaluator(DatasetEvaluator):
         name: the name of these files.
 
     Attributes:
-        counts_of_class: what :func:`match_segments` counts, by contiguous class, after the evaluation on rank 0.
+        counts_of_class: the sums of :func:`match_segments` by contiguous class, after the evaluation.
 
     Raises:
         UserError: predictions of two images would have one file.
@@ -69,7 +69,6 @@ class PanopticEvaluator(DatasetEvaluator):
         self.names = metadata.stuff_classes
         self.folder, self.name = folder, name
         self.png_folder = None if folder is None else folder / name
-        self.counts_of_class: dict[int, np.ndarray] = {}
         self.truth: dict | None = None
         if self.json_file is not None:
             content = read_json(self.json_file)
@@ -133,15 +132,16 @@ class PanopticEvaluator(DatasetEvaluator):
         if unknown := total.keys() - self.is_thing.keys():
             raise UserError(f"{self.json_file} has no category {min(unknown)}, which the model predicts")
         things, stuff = ([c for c in self.is_thing if self.is_thing[c] == wanted] for wanted in (True, False))
-        parts = {"All": ("", self.is_thing), "Things": ("_th", things), "Stuff": ("_st", stuff)}
-        averages = {part: panoptic_quality(total, categories) for part, (_, categories) in parts.items()}
-        averages = {part: average for part, average in averages.items() if average["n"] or part == "All"}
-        rows = [(part, *(100 * a[key] for key in ("pq", "sq", "rq")), a["n"]) for part, a in averages.items()]
-        headers = ["", "PQ", "SQ", "RQ", "#categories"]
-        logger.info("panoptic quality:\n%s", tabulate(rows, headers, tablefmt="pipe", floatfmt=".3f"))
+        rows = {
+            "": quality_row(total, self.is_thing),
+            "_th": quality_row(total, things),
+            "_st": quality_row(total, stuff),
+        }
+        table = [(part, *row) for part, row in zip(("all", "things", "stuff"), rows.values(), strict=True)]
+        logger.info("panoptic quality:\n%s", tabulate(table, ["", *SCORES], tablefmt="pipe", floatfmt=".3f"))
         self.counts_of_class = {c: total.get(id_, np.zeros(4)) for c, id_ in self.dataset_id.items()}
-        scores = [(part, parts[part][0], key) for part in averages for key in ("pq", "sq", "rq")]
-        return {"panoptic_seg": {f"{key.upper()}{suffix}": 100 * averages[part][key] for part, suffix, key in scores}}
+        scores = {f"{key}{suffix}": x for suffix, row in rows.items() for key, x in zip(SCORES[:3], row, strict=False)}
+        return {"panoptic_seg": {name: score for name, score in scores.items() if score is not None}}
 
     def _write(self, folder: Path, predictions: list[dict]) -> None:
         predictions.sort(key=lambda prediction: prediction["image_id"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from ..data.segment_ids import NUM_IDS
 
 VOID = 0
+SCORES = ("PQ", "SQ", "RQ", "TP", "FP", "FN")
 
 
 class Pair(NamedTuple):
@@ -26,6 +27,11 @@ class Pair(NamedTuple):
     predicted: Any
     iou: float
     ignored: bool
+
+    @property
+    def is_error(self) -> bool:
+        """Whether this is a missed, a confused, or an invented segment."""
+        return not self.is_hit and (self.true is not None or not self.ignored)
 
     @property
     def is_hit(self) -> bool:
@@ -110,13 +116,6 @@ def match_segments(
     return count_pairs(pair_segments(count_overlaps(ids, true_ids), segments, true_segments))
 
 
-def class_quality(counts: np.ndarray) -> tuple[float, float, float] | None:
-    """Returns PQ, SQ, and RQ in 0..1 of a category's counts; None if it does not occur."""
-    iou, true_positive, false_positive, false_negative = counts.tolist()
-    total = true_positive + 0.5 * false_positive + 0.5 * false_negative
-    return (iou / total, iou / true_positive if true_positive else 0.0, true_positive / total) if total else None
-
-
 def panoptic_quality(counts: Mapping[int, np.ndarray], categories: Iterable[int]) -> dict[str, float]:
     """Averages PQ, SQ, and RQ over the categories that occur.
 
@@ -127,7 +126,18 @@ def panoptic_quality(counts: Mapping[int, np.ndarray], categories: Iterable[int]
     Returns:
         "pq", "sq", and "rq" in 0..1, nan if no category occurs, and "n", the number of categories that occur.
     """
-    found = (class_quality(counts.get(category, np.zeros(4))) for category in categories)
-    rows = [row for row in found if row]
+    rows = []
+    for category in categories:
+        iou, true_positive, false_positive, false_negative = counts.get(category, np.zeros(4)).tolist()
+        total = true_positive + 0.5 * false_positive + 0.5 * false_negative
+        if total:
+            rows.append((iou / total, iou / true_positive if true_positive else 0.0, true_positive / total))
     pq, sq, rq = np.mean(rows, axis=0).tolist() if rows else (float("nan"),) * 3
     return {"pq": pq, "sq": sq, "rq": rq, "n": len(rows)}
+
+
+def quality_row(counts: Mapping[int, np.ndarray], categories: Collection[int]) -> list:
+    """Returns SCORES of :func:`panoptic_quality`: PQ, SQ, and RQ in percent, None if no category occurs, and counts."""
+    average = panoptic_quality(counts, categories)
+    _, *numbers = sum((counts[c] for c in categories if c in counts), np.zeros(4)).astype(int).tolist()
+    return [100 * average[key] if average["n"] else None for key in ("pq", "sq", "rq")] + numbers

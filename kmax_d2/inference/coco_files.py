@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pycocotools.mask as mask_util
 from detectron2.data import Metadata
-from detectron2.structures import BoxMode
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 
 from .. import files
 from ..data import panoptic_png
 from ..data.datasets.coco_panoptic import categories_of
 from ..errors import UserError
-from ..evaluation.rle import encode_masks
 from .result import Result
 
 
@@ -53,27 +53,11 @@ class CocoFiles:
             ids = ids.astype(np.uint8 if ids.max() < 256 else np.uint16)
             files.write_png(self.semantic / f"{stem}.png", ids[result.semantic])
         if self.instances is not None:
-            self.masks += self._instances(result, id_)
+            for mask in instances_to_coco_json(result.instances, id_):
+                category, area = self.categories[mask["category_id"]]["id"], float(mask_util.area(mask["segmentation"]))
+                number = {"id": len(self.masks) + 1, "category_id": category}
+                self.masks.append(mask | number | {"area": area, "iscrowd": 0})
         self.images.append({"id": id_, "file_name": name, "height": height, "width": width})
-
-    def _instances(self, result: Result, image_id: int) -> list[dict]:
-        found = result.instances
-        boxes = BoxMode.convert(found.pred_boxes.tensor, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).tolist()
-        parts = found.pred_classes.tolist(), found.scores.tolist(), boxes, encode_masks(found.pred_masks)
-        areas = found.pred_masks.flatten(1).sum(1).tolist()
-        return [
-            {
-                "id": len(self.masks) + number,
-                "image_id": image_id,
-                "category_id": self.categories[class_id]["id"],
-                "score": score,
-                "bbox": box,
-                "segmentation": rle,
-                "area": area,
-                "iscrowd": 0,
-            }
-            for number, (class_id, score, box, rle, area) in enumerate(zip(*parts, areas, strict=True), start=1)
-        ]
 
     def __exit__(self, *error: object) -> None:
         info = {"description": files.MARK}

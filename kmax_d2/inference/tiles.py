@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Instances
 from torch import nn
 from tqdm import tqdm
 
+from ..data.augmentation import ResizeToFit
 from ..data.mapper import PanopticTestMapper
-from ..data.segment_ids import NUM_IDS
 from ..errors import UserError
 from ..modeling.postprocess import Results
 
@@ -26,80 +27,68 @@ LEAST_SIZE = 64  # of a tile, in pixels
 STRIDE = 32  # of the coarsest map
 JOINED_IOU = 0.5  # of two things of one class in the overlap of their tiles, above which they are one
 
-Segmentation = tuple[np.ndarray, list[dict]]  # ids (H, W), 0 for void, and "id", "category_id", "isthing" and "score"
-
 
 class TileJoiner:
-    """Collects the segmentations of overlapping tiles, given row by row.
+    """Joins the segmentations of overlapping tiles, which come row by row, to that of an image of height × width.
 
-    In an overlap, each tile counts up to the middle, and the other one where the first is void. Things of one class
+    In an overlap, each tile counts up to the middle, and the other one where the first has void. Things of one class
     that mostly agree in an overlap are one segment; stuff of one class is one.
-
-    Args:
-        height, width: of the whole image, in pixels.
     """
 
     def __init__(self, height: int, width: int):
-        self.ids = np.zeros((height, width), np.int32)
-        self.parts: list[dict] = [{}]  # by id; 0 is void
-        self.parent = [0]
-        self._stuff: dict[int, int] = {}
+        self._ids = np.zeros((height, width), np.int32)  # of the segments of all tiles
+        self._segments: list[dict] = [{"area": 0, "score": 0.0}]  # by these ids
+        self._joined = [0]  # the first of those that each of them is one with
+        self._stuff: dict[int, int] = {}  # the first of each class
 
     def add(self, top: int, left: int, overlap: tuple[int, int], ids: np.ndarray, segments: list[dict]) -> None:
-        """Adds a tile, whose first rows and columns are `overlap` those of the tiles above and to the left."""
+        """Adds a tile.
+
+        Args:
+            top, left: of its first pixel in the image.
+            overlap: how many of its rows and columns are also in the tiles above and to the left.
+            ids, segments: (h, w) and a list, as in the model's "panoptic_seg".
+        """
         table = np.zeros(1 + int(ids.max()), np.int32)
         for segment in segments:
-            known = None if segment["isthing"] else self._stuff.get(segment["category_id"])
-            if known is None:
-                known = len(self.parts)
-                self.parts.append(segment | {"area": 0, "score": 0.0})
-                self.parent.append(known)
-                if not segment["isthing"]:
-                    self._stuff[segment["category_id"]] = known
-            table[segment["id"]] = known
-            area = int((ids == segment["id"]).sum())
-            part = self.parts[known]
-            part["area"], part["score"] = part["area"] + area, part["score"] + area * segment["score"]
-        new, old = table[ids], self.ids[top : top + ids.shape[0], left : left + ids.shape[1]]
-        for strip in (np.s_[: overlap[0]], np.s_[:, : overlap[1]]):
-            self._join(old[strip], new[strip])
+            table[segment["id"]] = id_ = len(self._segments)
+            self._segments.append(segment)
+            self._joined.append(id_ if segment["isthing"] else self._stuff.setdefault(segment["category_id"], id_))
+        new, old = table[ids], self._ids[top : top + ids.shape[0], left : left + ids.shape[1]]
+        self._join(old[: overlap[0]], new[: overlap[0]])
+        self._join(old[:, : overlap[1]], new[:, : overlap[1]])
         own = np.zeros(new.shape, bool)
         own[overlap[0] // 2 :, overlap[1] // 2 :] = True
         first, second = np.where(own, new, old), np.where(own, old, new)
         old[:] = np.where(first > 0, first, second)
 
     def _join(self, old: np.ndarray, new: np.ndarray) -> None:
-        """Makes one of the things that agree in an overlap; where either tile has void says nothing."""
-        roots = np.array([self._root(index) for index in range(len(self.parts))])
-        known = (old > 0) & (new > 0)
-        pairs, counts = np.unique(roots[old[known]].astype(np.int64) * NUM_IDS + new[known], return_counts=True)
-        first, second = np.divmod(pairs, NUM_IDS)
-        areas = [np.bincount(side, counts, len(roots)) for side in (first, second)]
-        for a, b, both in zip(first.tolist(), second.tolist(), counts.tolist(), strict=True):
-            one, other = self.parts[a], self.parts[b]
+        """Joins the things that agree in an overlap. Pixels where a tile has void say nothing."""
+        known, joined = (old > 0) & (new > 0), np.array(self._joined)
+        pairs, counts = np.unique(np.stack([joined[old[known]], new[known]]), axis=1, return_counts=True)
+        areas = [np.bincount(ids, counts, len(joined)) for ids in pairs]
+        for (a, b), both in zip(pairs.T.tolist(), counts.tolist(), strict=True):
+            one, other = self._segments[a], self._segments[b]
             same = one["isthing"] and one["category_id"] == other["category_id"]
             if same and both > JOINED_IOU * (areas[0][a] + areas[1][b] - both):
-                self.parent[self._root(b)] = self._root(a)
+                first, second = self._joined[a], self._joined[b]
+                self._joined = [first if each == second else each for each in self._joined]
 
-    def _root(self, index: int) -> int:
-        while self.parent[index] != index:
-            index = self.parent[index]
-        return index
-
-    def finish(self, thing_limit: float = 0, stuff_limit: float = 0) -> Segmentation:
-        """Returns ids (H, W) and the segments of all tiles; those with fewer pixels than a limit become void."""
-        roots = np.array([self._root(index) for index in range(len(self.parts))])
-        pixels = np.bincount(roots[self.ids.ravel()], minlength=len(roots))
-        table = np.zeros(len(roots), np.int32)
+    def finish(self, thing_limit: float = 0, stuff_limit: float = 0) -> tuple[np.ndarray, list[dict]]:
+        """Returns ids (H, W) int32 and segments; those with fewer pixels than a limit become void."""
+        joined, count = np.array(self._joined, np.int32), len(self._joined)
+        ids = joined[self._ids]
+        pixels = np.bincount(ids.ravel(), minlength=count)
+        area, score = (np.array([segment[key] for segment in self._segments]) for key in ("area", "score"))
+        scores = np.bincount(joined, area * score) / np.bincount(joined, area).clip(1)
+        table = np.zeros(count, np.int32)
         segments: list[dict] = []
-        for root in range(1, len(roots)):
-            parts = [part for part, of in zip(self.parts, roots.tolist(), strict=True) if of == root]
-            if not parts or pixels[root] < max(1, thing_limit if parts[0]["isthing"] else stuff_limit):
-                continue
-            score = sum(part["score"] for part in parts) / sum(part["area"] for part in parts)
-            segments.append(parts[0] | {"id": len(segments) + 1, "area": int(pixels[root]), "score": score})
-            table[root] = len(segments)
-        return table[roots][self.ids], segments
+        for id_, segment in enumerate(self._segments[1:], start=1):
+            if pixels[id_] >= max(1, thing_limit if segment["isthing"] else stuff_limit):
+                table[id_] = len(segments) + 1
+                new = {"id": len(segments) + 1, "area": int(pixels[id_]), "score": float(scores[id_])}
+                segments.append(segment | new)
+        return table[ids], segments
 
 
 def segment_tiles(predictor: Predictor, image: np.ndarray, size: int, overlap: int | None = None) -> Results:
@@ -128,14 +117,14 @@ def segment_tiles(predictor: Predictor, image: np.ndarray, size: int, overlap: i
     if predictor.cfg.INPUT.FIT_CROP:
         of_whole, of_tile = (min(crop[0] / y, crop[1] / x) for y, x in ((height, width), sides))
         scale = max(of_whole, min(1.0, of_tile))
-    mapper = PanopticTestMapper(size=(round(scale * sides[0]), round(scale * sides[1])))
-    of_tiles = type(predictor)(predictor.cfg, _without_limits(predictor.model))
+    of_tiles, mapper = copy.copy(predictor), PanopticTestMapper(size=None)
+    of_tiles.model = _without_limits(predictor.model)
+    mapper.augmentations = T.AugmentationList([ResizeToFit(None, (scale, scale))])
     joiner, classes = TileJoiner(height, width), torch.zeros(height, width, dtype=torch.int16)
     step = STRIDE / scale  # so that the network's coarsest map is that of the whole image
     rows, columns = (_spans(side, size, overlap, step) for side in (height, width))
-    for (top, above), (left, before) in tqdm(
-        list(itertools.product(rows, columns)), "tiles", leave=False, disable=None
-    ):
+    places = list(itertools.product(rows, columns))
+    for (top, above), (left, before) in tqdm(places, "tiles", leave=False, disable=None):
         tile = image[top : top + size, left : left + size]
         results = of_tiles.segment([mapper.inputs(tile)])[0]
         ids, segments = results["panoptic_seg"]
@@ -144,12 +133,10 @@ def segment_tiles(predictor: Predictor, image: np.ndarray, size: int, overlap: i
             own = results["semantic"][above // 2 :, before // 2 :]
             classes[top + above // 2 : top + size, left + before // 2 : left + size] = own
     merging = predictor.model.merging
-    limits = (merging.thing_area_limit / scale**2, merging.stuff_area_limit / scale**2)
-    ids, segments = joiner.finish(*limits)
+    ids, segments = joiner.finish(merging.thing_area_limit / scale**2, merging.stuff_area_limit / scale**2)
     panoptic = torch.from_numpy(ids), segments
-    return Results(
-        {"panoptic_seg": lambda: panoptic, "semantic": classes.long, "instances": lambda: _things(*panoptic)}
-    )
+    parts = {"panoptic_seg": lambda: panoptic, "semantic": classes.long, "instances": lambda: _things(*panoptic)}
+    return Results(parts)
 
 
 def _spans(length: int, size: int, overlap: int, step: float = 1.0) -> list[tuple[int, int]]:

@@ -29,7 +29,6 @@ class VideoReader:
     """The frames of a video file, or of a camera by its number: an iterator over (H, W, 3) uint8, RGB.
 
     Attributes:
-        name: what it is, for messages.
         rate: frames a second.
         count: number of frames, 0 if unknown.
 
@@ -39,12 +38,12 @@ class VideoReader:
 
     def __init__(self, source: str | int):
         is_file = isinstance(source, str)
-        self.name = f"video {source}" if is_file else f"camera {source}"
         if is_file and not os.path.isfile(source):
             raise UserError(f"no video file {source}")
+        self._name = f"video {source}" if is_file else f"camera {source}"
         self._capture = cv2.VideoCapture(source)
         if not self._capture.isOpened():
-            raise UserError(f"cannot open the {self.name}" + (": it is damaged or no video" if is_file else ""))
+            raise UserError(f"cannot open the {self._name}" + (": it is damaged or no video" if is_file else ""))
         rate = self._capture.get(cv2.CAP_PROP_FPS)
         self.rate = rate if 0 < rate < 1000 else DEFAULT_RATE
         self.count = max(0, int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))) if is_file else 0
@@ -59,7 +58,7 @@ class VideoReader:
             yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
         self._capture.release()
         if not read or self.count - read > max(2, self.count // 20):  # the number is an estimate for some formats
-            raise UserError(f"the {self.name} ends early: {read} of {self.count or 'its'} frames can be read")
+            raise UserError(f"the {self._name} ends early: {read} of {self.count or 'its'} frames can be read")
 
 
 def video_file(output: str | Path, stem: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,19 +33,19 @@ def checkpoint_blocks(model: nn.Module) -> nn.Module:
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
     """The outermost blocks: as timm names it, a residual block is a module with a `drop_path`."""
     for name, child in module.named_children():
-        is_residual = isinstance(getattr(child, "drop_path", None), nn.Module)
+        is_residual = isinstance(getattr(child, "drop_path", getattr(child, "drop_path1", None)), nn.Module)
         if is_residual or isinstance(child, (Predictor, PixelSimilarity)) or name == "semantic_head":
             yield child
         else:
             yield from _blocks(child)
 
 
-def _forward(module: nn.Module, forward: Callable, *inputs: object) -> object:
+def _forward(module: nn.Module, forward: Callable, *inputs: object, **options: Any) -> object:
     trains = module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if not trains or sum(x.numel() for x in tree_leaves(inputs) if isinstance(x, torch.Tensor)) < SMALLEST:
-        return forward(*inputs)
+        return forward(*inputs, **options)
     contexts = contextlib.nullcontext(), _statistics_frozen(module)
-    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=lambda: contexts)
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=lambda: contexts, **options)
 
 
 @contextlib.contextmanager

@@ -1,25 +1,30 @@
 """Reads all of a panoptic dataset, reports every fault and its statistics, and draws a page of random samples.
 
 python -m kmax_d2.tools.check_dataset NAME ... | --config-file FILE | --images DIR --panoptic DIR --json FILE
+python -m kmax_d2.tools.check_dataset [--config-file FILE] --train-data IMAGES PNGS JSON --test-data IMAGES PNGS JSON
 
-The exit status is 0 only if the datasets are sound.
+It also warns of what does not suit the model of the config, or the training. The exit status is 0 only if the datasets
+are sound.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..command_line import ConfigParser, run_program
 
-PARSER = ConfigParser(__doc__, config_file=False, overwrite=True, options="--opts")
+PARSER = ConfigParser(__doc__, config_file=False, data=True, overwrite=True, options="--opts")
 PARSER.add_argument("names", nargs="*", metavar="NAME", help="registered datasets")
+own = ("IMAGES", "PNGS", "JSON")
+PARSER.add_argument("--train-data", nargs=3, metavar=own, help="the same for DATASETS.OWN_TRAIN")
 PARSER.add_argument("--images", metavar="DIR", help="image folder of data in COCO panoptic format")
 PARSER.add_argument("--panoptic", metavar="DIR", help="folder of its PNGs")
 PARSER.add_argument("--json", metavar="FILE", help="its JSON")
 PARSER.add_argument("--output", default="output/check_dataset", metavar="DIR", help="for the page (%(default)s)")
+PARSER.add_argument("--html", action="store_true", help="write the page as HTML, with the report in it")
 PARSER.add_argument("--samples", type=int, default=12, metavar="N", help="samples on the page (%(default)s)")
 PARSER.add_argument("--seed", type=int, default=0, metavar="N", help="for choosing them (%(default)s)")
 PARSER.add_argument("--examples", type=int, default=5, metavar="N", help="shown of each fault (%(default)s)")
@@ -30,17 +35,21 @@ if __name__ == "__main__":
 
 import random
 from collections import defaultdict
+from html import escape
 
 import numpy as np
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from PIL import Image
 from tabulate import tabulate
 
 from ..data.check import Dataset, Findings, registered, unregistered
 from ..data.segment_ids import rgb2id
-from ..engine import ready_config
+from ..data.suitability import model_warnings, training_warnings
+from ..engine import load_config, ready_config
 from ..errors import UserError, did_you_mean
-from ..files import require_own, write_png
+from ..evaluation.report_page import STYLE, figure
+from ..files import MARK, require_own, whole_file, write_png
 from ..images import read_rgb
 from ..visualization import draw_panoptic, page
 
@@ -48,22 +57,25 @@ COLUMNS = 4  # of the page
 LONG_SIDE = 640  # pixels of a sample on the page
 
 
-def datasets(args: argparse.Namespace) -> Iterator[Dataset]:
-    """Yields the datasets that the command line names. Raises UserError if it names none, or in more than one way."""
-    own = [args.images, args.panoptic, args.json]
-    if sum([bool(args.names), bool(args.config_file), any(own)]) != 1 or (any(own) and not all(own)):
-        raise UserError("give either the names of datasets, or --config-file, or all of --images, --panoptic, --json")
-    if all(own):
-        yield unregistered(*own)
-        return
-    names = args.names
-    if args.config_file:
-        cfg = ready_config(args.config_file, args.opts, ("MODEL.DEVICE", "cpu"))
-        names = dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
-    for name in names:
-        if name not in DatasetCatalog:
-            raise UserError(f"no dataset {name} is registered{did_you_mean(name, DatasetCatalog.list())}")
-        yield registered(name)
+def datasets(args: argparse.Namespace) -> tuple[CfgNode, list[str]]:
+    """Returns the config and the datasets that a command line names, none for that of --images, --panoptic, --json.
+
+    Raises UserError if it names none, or in more than one way.
+    """
+    own, config = [args.images, args.panoptic, args.json], args.config_file or args.train_data or args.test_data
+    if sum([bool(args.names), bool(config), any(own)]) != 1 or (any(own) and not all(own)):
+        raise UserError(
+            "give either the names of datasets, or --config-file, or all of --images, --panoptic, --json, "
+            "or --train-data and --test-data"
+        )
+    if not config:
+        for name in args.names:
+            if name not in DatasetCatalog:
+                raise UserError(f"no dataset {name} is registered{did_you_mean(name, DatasetCatalog.list())}")
+        return load_config("", args.opts), args.names
+    train = ("DATASETS.OWN_TRAIN", args.train_data) if args.train_data else ()
+    cfg = ready_config(args.config_file or "", [*args.opts, *train], ("MODEL.DEVICE", "cpu"))
+    return cfg, list(dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]))
 
 
 def fault_lines(dataset: Dataset, findings: list[Findings], num_examples: int) -> list[str]:
@@ -81,7 +93,7 @@ def fault_lines(dataset: Dataset, findings: list[Findings], num_examples: int) -
     return lines
 
 
-def class_table(dataset: Dataset, findings: list[Findings]) -> str:
+def class_table(dataset: Dataset, findings: list[Findings], form: str = "github") -> str:
     """Returns, for each class, its images, segments, and crowds, its share of the pixels, and its median area."""
     segments = defaultdict(list)
     for number, found in enumerate(findings):
@@ -96,10 +108,10 @@ def class_table(dataset: Dataset, findings: list[Findings]) -> str:
         rows.append((*row, sum(crowds), percent * sum(areas), np.median(areas or 0)))
     rows.append((None, "void", "", len(void), None, None, percent * sum(void), None))
     headers = ["id", "class", "kind", "images", "segments", "crowds", "% pixels", "median area"]
-    return tabulate(rows, headers=headers, floatfmt=("", "", "", "", "", "", ".2f", ".0f"), tablefmt="github")
+    return tabulate(rows, headers=headers, floatfmt=("", "", "", "", "", "", ".2f", ".0f"), tablefmt=form)
 
 
-def size_table(dataset: Dataset, findings: list[Findings]) -> str:
+def size_table(dataset: Dataset, findings: list[Findings], form: str = "github") -> str:
     """Returns minimum, median, and maximum of the sizes of images and segments."""
     kinds = {id_: category.isthing for id_, category in dataset.categories.items()}
     segments = [(kinds.get(id_), area) for found in findings for id_, area, _ in found.segments]
@@ -111,7 +123,7 @@ def size_table(dataset: Dataset, findings: list[Findings]) -> str:
         "stuff area": [area for is_thing, area in segments if is_thing is False],
     }
     rows = [(name, min(v), np.median(v), max(v)) for name, v in columns.items() if v]
-    return tabulate(rows, headers=["", "minimum", "median", "maximum"], floatfmt=".0f", tablefmt="github")
+    return tabulate(rows, headers=["", "minimum", "median", "maximum"], floatfmt=".0f", tablefmt=form)
 
 
 def draw_sample(record: dict, dataset: Dataset) -> np.ndarray:
@@ -126,35 +138,61 @@ def draw_sample(record: dict, dataset: Dataset) -> np.ndarray:
     return draw_panoptic(np.asarray(image.resize(size)), ids, segments, dataset.metadata)
 
 
-def draw_page(dataset: Dataset, findings: list[Findings], args: argparse.Namespace, file: Path) -> None:
-    """Writes a page of random samples without faults, if there are any."""
+def draw_samples(dataset: Dataset, findings: list[Findings], args: argparse.Namespace) -> list[tuple[str, np.ndarray]]:
+    """Draws random samples without faults; returns their names and pictures."""
     sound = [record for record, found in zip(dataset.records, findings, strict=True) if not found.faults]
     chosen = random.Random(args.seed).sample(sound, min(args.samples, len(sound)))
-    if chosen:
-        panels = [(Path(record["file_name"]).name, draw_sample(record, dataset)) for record in chosen]
-        sheet = page([panels[start : start + COLUMNS] for start in range(0, len(panels), COLUMNS)])
-        write_png(file, sheet)
-        print(f"samples are drawn in {file}")
+    return [(Path(record["file_name"]).name, draw_sample(record, dataset)) for record in chosen]
 
 
-def report(dataset: Dataset, args: argparse.Namespace) -> bool:
-    """Checks a dataset and prints what it finds. Returns whether the dataset is sound."""
-    file = Path(args.output) / f"{dataset.name}.png"
+def html_page(dataset: Dataset, findings: list[Findings], summary: str, panels: list[tuple[str, np.ndarray]]) -> str:
+    """Returns the report of a dataset as one HTML page with everything in it."""
+    title, rows = escape(dataset.name), [panels[start : start + COLUMNS] for start in range(0, len(panels), COLUMNS)]
+    parts = [
+        f'<!DOCTYPE html><!-- {MARK} --><html lang="en"><meta charset="utf-8"><title>{title}</title>',
+        f"<style>{STYLE}</style><h1>{title}</h1><pre>{escape(summary)}</pre>",
+        *(f"<div>{table(dataset, findings, 'html')}</div><br>" for table in (class_table, size_table)),
+        *(f'<div class="row">{"".join(figure(*panel) for panel in row)}</div>' for row in rows),
+    ]
+    return "\n".join(parts)
+
+
+def report(dataset: Dataset, cfg: CfgNode, args: argparse.Namespace) -> tuple[bool, list[Findings]]:
+    """Checks a dataset, prints what it finds, and draws a page. Returns whether it is sound, and the findings."""
+    file = Path(args.output) / f"{dataset.name}.{'html' if args.html else 'png'}"
     require_own([file], args.overwrite)
     findings = dataset.check(args.workers)
     print(f"\n{dataset.name}: {len(dataset.records)} images, {sum(len(f.segments) for f in findings)} segments")
     print(class_table(dataset, findings))
     print(f"\n{size_table(dataset, findings)}\n")
-    draw_page(dataset, findings, args, file)
     lines = fault_lines(dataset, findings, args.examples)
-    print("\n".join([f"{dataset.name} has faults:", *lines]) if lines else f"{dataset.name} is sound")
-    return not lines
+    told = [f"{dataset.name} has faults:", *lines] if lines else [f"{dataset.name} is sound"]
+    told += [f"warning: {line}" for line in model_warnings(dataset, findings, cfg)]
+    panels = draw_samples(dataset, findings, args)
+    if args.html:
+        with whole_file(file) as unfinished:
+            unfinished.write_text(html_page(dataset, findings, "\n".join(told), panels), encoding="utf-8")
+    elif panels:
+        write_png(file, page([panels[start : start + COLUMNS] for start in range(0, len(panels), COLUMNS)]))
+    if args.html or panels:
+        print(f"samples are drawn in {file}")
+    print("\n".join(told))
+    return not lines, findings
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command line; None takes that of the process."""
     args = PARSER.parse(argv)
-    sound = [report(dataset, args) for dataset in datasets(args)]
+    cfg, names = datasets(args)
+    sound, checked = [], {}
+    for dataset in map(registered, names) if names else [unregistered(args.images, args.panoptic, args.json)]:
+        is_sound, findings = report(dataset, cfg, args)
+        sound.append(is_sound)
+        checked[dataset.name] = dataset, findings
+    train = [name for name in cfg.DATASETS.TRAIN if name in checked] or list(checked)
+    test = [name for name in cfg.DATASETS.TEST if name in checked and name not in train]
+    for line in training_warnings([checked[name] for name in train], [checked[name] for name in test]):
+        print(f"warning: {line}")
     if not all(sound):
         sys.exit(1)
 

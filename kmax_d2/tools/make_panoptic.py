@@ -32,43 +32,38 @@ PARSER.add_argument("--workers", type=int, default=0, metavar="N", help="process
 if __name__ == "__main__":
     PARSER.parse()  # answers --help and mistakes before the slow imports
 
-import argparse
 import hashlib
 import os
 import pickle
 import random
-from collections import Counter, defaultdict
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from ..data import labels, panoptic_png
-from ..data.labels.masks import draw, mask_files, read_names
-from ..data.labels.paint import BAD, Item, Shape, reason
+from ..data import panoptic_png
+from ..data.labels import find_format, masks
+from ..data.labels.paint import BAD, Item, Labels, Shape, Size, paint
 from ..errors import UserError, did_you_mean
 from ..files import own_folder
 from ..images import read_size
 from ..parallel import parallel_map
 
 
-def add_stuff(found: labels.Labels, masks: Path, classes: Path | None) -> None:
+def add_stuff(labels: Labels, folder: Path, classes: Path | None) -> None:
     """Lays the classes of PNGs that the labels lack under these, in place; of the others, the PNGs say nothing."""
-    known = {category["name"] for category in found.categories}
-    names, files = read_names(classes, masks), mask_files(masks)
-    first = 1 + max(category["id"] for category in found.categories)
-    new = enumerate((name for name in names.values() if name not in known), start=first)
-    found.categories += [{"id": id_, "name": name, "isthing": 0} for id_, name in new]
+    known = {category["name"] for category in labels.categories}
+    names, files = masks.read_names(classes, folder), masks.mask_files(folder)
     stuff = {value: None if name in known else name for value, name in names.items()}
-    for item in found.items:
-        file = files.get(item.image.stem, masks / f"{item.image.stem}.png")
-        item.objects.append((str(file), partial(draw, file, stuff, True)))
+    first = 1 + max(category["id"] for category in labels.categories)
+    for id_, name in enumerate(filter(None, stuff.values()), start=first):
+        labels.categories.append({"id": id_, "name": name, "isthing": 0})
+    for item in labels.items:
+        file = files.get(item.image.stem, folder / f"{item.image.stem}.png")
+        item.objects.append((str(file), partial(masks.draw, file, stuff, True)))
 
 
-def choose_things(categories: list[dict], names: Sequence[str] | None) -> None:
-    """Sets "isthing" of categories in place; None leaves it. Raises UserError for an unknown name."""
-    if names is None:
-        return
+def choose_things(categories: list[dict], names: Sequence[str]) -> None:
+    """Sets "isthing" of categories in place. Raises UserError for an unknown name."""
     known = [category["name"] for category in categories]
     for name in names:
         if name not in (*known, "all"):
@@ -82,12 +77,10 @@ def split_items(items: list[Item], share: float, seed: int) -> dict[str, list[It
     if not 0 <= share < 1:
         raise UserError(f"--val {share} is not a share from 0 to 1")
     if share:
-        shuffled = sorted(items, key=lambda item: str(item.image))
-        random.Random(seed).shuffle(shuffled)
-        count = max(1, round(share * len(items)))
-        val = {id(item) for item in shuffled[:count]}
-        for item in items:
-            item.split = "val" if id(item) in val else "train"
+        items = sorted(items, key=lambda item: item.image)
+        val = random.Random(seed).sample(range(len(items)), min(len(items), max(1, round(share * len(items)))))
+        for number, item in enumerate(items):
+            item.split = "val" if number in val else "train"
     splits = defaultdict(list)
     for item in items:
         splits[item.split].append(item)
@@ -101,7 +94,7 @@ def convert(item: Item, root: Path, target: Path, categories: list[dict], void: 
     """
     name = item.image.relative_to(root)
     png = name.with_suffix(".png")
-    files = [item.image, *(part for _, function in item.objects for part in function.args if isinstance(part, Path))]
+    files = [item.image, *(part for _, drawn in item.objects for part in drawn.args if isinstance(part, Path))]
     times = [file.stat().st_mtime_ns for file in files if file.is_file()]
     stamp = hashlib.sha1(pickle.dumps((item, categories, void, times))).hexdigest()
     entry = panoptic_png.read_annotation(target / png)
@@ -113,103 +106,89 @@ def convert(item: Item, root: Path, target: Path, categories: list[dict], void: 
             raise UserError(f"{item.image} is {size[1]}×{size[0]}, its labels say {item.size[1]}×{item.size[0]}")
     except UserError as error:
         return {"faults": [str(error)]}
-    shapes, faults = draw_all(item, size, {*(category["name"] for category in categories), *void})
-    ids, segments = segments_of(shapes, size, categories, void)
-    image = {"file_name": name.as_posix(), "height": size[0], "width": size[1]}
-    entry = {"stamp": stamp, "faults": faults, "image": image}
+    known = {category["name"]: category for category in categories}
+    things = {name for name, category in known.items() if category["isthing"]}
+    shapes, faults = draw_all(item, size, {*known, *void})
+    ids, painted = paint(shapes, size, things, void)
+    segments = []
+    for segment in panoptic_png.describe(ids):
+        if shape := segment["id"] and painted[segment["id"]]:
+            crowd = int(shape.crowd and shape.name in things)
+            segments.append(segment | {"category_id": known[shape.name]["id"], "iscrowd": crowd})
+    entry = {"stamp": stamp, "faults": faults}
     if segments and (skip or not faults):
+        entry["image"] = {"file_name": name.as_posix(), "height": size[0], "width": size[1]}
         entry["annotation"] = {"file_name": png.as_posix(), "segments_info": segments}
         panoptic_png.write(target / png, ids, entry)
     return entry
 
 
-def draw_all(item: Item, size: tuple[int, int], names: set[str]) -> tuple[list[Shape], list[str]]:
+def draw_all(item: Item, size: Size, names: set[str]) -> tuple[list[Shape], list[str]]:
     """Returns the shapes of an item's objects, of classes with these names, and a line for each object that is bad."""
     shapes: list[Shape] = []
     faults = []
-    for where, draw_object in item.objects:
+    for where, draw in item.objects:
         try:
-            drawn = draw_object(size)
-            for shape in drawn:
-                if shape.name not in names:
-                    raise UserError(f"no class {shape.name}")
-                if not shape.mask.any():
-                    raise UserError("no pixel of it is inside the image")
-            shapes += drawn
+            drawn = draw(size)
         except BAD as error:
-            faults.append(f"{where}: {reason(error)}")
+            reason = str(error) if isinstance(error, UserError) else f"malformed ({error!r})"
+            faults.append(f"{where}: {reason}")
+            continue
+        for shape in drawn:
+            if shape.name not in names:
+                faults.append(f"{where}: there is no class {shape.name}")
+            elif not shape.mask.any():
+                faults.append(f"{where}: no pixel of it is inside the image")
+            else:
+                shapes.append(shape)
     return shapes, faults
-
-
-def segments_of(
-    shapes: list[Shape], size: tuple[int, int], categories: list[dict], void: Sequence[str]
-) -> tuple[np.ndarray, list[dict]]:
-    """Returns the id map (H, W) of shapes, and its "segments_info"."""
-    known = {category["name"]: category for category in categories}
-    things = {name for name, category in known.items() if category["isthing"]}
-    ids, painted = labels.paint(shapes, size, things, void)
-    segments = []
-    for segment in panoptic_png.describe(ids):
-        if segment["id"]:
-            shape = painted[segment["id"]]
-            crowd = int(shape.crowd and shape.name in things)
-            segments.append(segment | {"category_id": known[shape.name]["id"], "iscrowd": crowd})
-    return ids, segments
-
-
-def write_split(name: str, items: list[Item], categories: list[dict], args: argparse.Namespace) -> list[str]:
-    """Converts the images of a split and writes its JSON, unless labels are bad; returns the faults."""
-    root = Path(os.path.commonpath([item.image.parent for item in items]))
-    target = Path(args.output) / (f"panoptic_{name}" if name else "panoptic")
-    counts = Counter(item.image.with_suffix("") for item in items)
-    twice = [f"{image}: several images, or labels of one image, of this name" for image, n in counts.items() if n > 1]
-    if twice:
-        return twice
-    convert_item = partial(
-        convert, root=root, target=target, categories=categories, void=args.void, skip=args.skip_broken
-    )
-    entries = parallel_map(convert_item, items, target.name, args.workers)
-    faults = [fault for entry in entries for fault in entry["faults"]]
-    used = [entry for entry in entries if "annotation" in entry]
-    if faults and not args.skip_broken:
-        return faults
-    if not used:
-        raise UserError(f"no image of {args.source} has a usable label")
-    for number, entry in enumerate(used, start=1):
-        entry["image"]["id"] = entry["annotation"]["image_id"] = number
-    panoptic_png.write_json(target.with_suffix(".json"), used, categories)
-    without = sum("image" in entry and "annotation" not in entry for entry in entries)
-    if without:
-        print(f"{without} images without labels are left out")
-    option = "--test-data" if name in ("val", "test") else "--train-data"
-    print(f"  {option} {root} {target} {target.with_suffix('.json')}")
-    return faults
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command line; None takes that of the process."""
     args = PARSER.parse(argv)
+    source = Path(args.source)
     images, classes = (Path(name) if name else None for name in (args.images, args.classes))
-    format_, read = labels.find_format(Path(args.source))
-    found = read(images, classes)
+    if source.resolve() in Path(args.output).resolve().parents:
+        raise UserError("--output is inside of SOURCE: choose another folder")
+    format_, read = find_format(source)
+    labels = read(images, classes)
     if args.stuff:
-        add_stuff(found, Path(args.stuff), classes)
-    categories = [category for category in found.categories if category["name"] not in args.void]
-    choose_things(categories, args.things)
-    print(f"{args.source}: {format_}, {len(found.items)} images, {len(categories)} classes")
-    for item in found.items:
+        add_stuff(labels, Path(args.stuff), classes)
+    categories = [category for category in labels.categories if category["name"] not in args.void]
+    if args.things is not None:
+        choose_things(categories, args.things)
+    print(f"{source}: {format_}, {len(labels.items)} images, {len(categories)} classes")
+    for item in labels.items:
         item.image = Path(os.path.abspath(item.image))
-    splits = split_items(found.items, args.val, args.seed)
-    own_folder(Path(args.output))
-    faults = found.faults
-    for name, items in splits.items():
-        faults += write_split(name, items, categories, args)
+    output, faults, converted = own_folder(Path(args.output)), labels.faults, []
+    for split, items in split_items(labels.items, args.val, args.seed).items():
+        names = {item.image.with_suffix("") for item in items}
+        if len(names) < len(items):
+            raise UserError(f"{source} has several images, or labels of one image, with the same name")
+        root = Path(os.path.commonpath([name.parent for name in names]))
+        target = output / (f"panoptic_{split}" if split else "panoptic")
+        options = {"categories": categories, "void": args.void, "skip": args.skip_broken}
+        one = partial(convert, root=root, target=target, **options)
+        entries = parallel_map(one, items, target.name, args.workers)
+        faults += [fault for entry in entries for fault in entry["faults"]]
+        converted.append((root, target, entries))
     for fault in faults:
         print(f"bad label: {' '.join(fault.split())}")
     if faults and not args.skip_broken:
         raise UserError(f"{len(faults)} labels are bad: mend them, or leave them out with --skip-broken")
-    if not splits:
-        raise UserError(f"{args.source} has no images")
+    for root, target, entries in converted:
+        used = [entry for entry in entries if "annotation" in entry]
+        for number, entry in enumerate(used, start=1):
+            entry["image"]["id"] = entry["annotation"]["image_id"] = number
+        panoptic_png.write_json(target.with_suffix(".json"), used, categories)
+        left_out = (
+            f" ({len(entries) - len(used)} images without labels are left out)" if len(used) < len(entries) else ""
+        )
+        option = "--test-data" if target.name.endswith(("_val", "_test")) else "--train-data"
+        print(f"  {option} {root} {target} {target.with_suffix('.json')}{left_out}")
+    if not any("annotation" in entry for *_, entries in converted for entry in entries):
+        raise UserError(f"no image of {source} has a usable label")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import heapq
 import cv2
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from tqdm import tqdm
 
 from ..data import panoptic_png
@@ -36,57 +36,18 @@ from ..data.mapper import read_image
 from ..engine import Trainer
 from ..errors import UserError
 from ..evaluation import evaluated_dataset
-from ..evaluation.analysis import errors_of, image_quality, pair_image
+from ..evaluation.analysis import pair_image
 from ..evaluation.output import compact
-from ..evaluation.panoptic_quality import Pair
+from ..evaluation.panoptic_quality import Pair, count_pairs, quality_row
 from ..evaluation.pool import EvaluationPool
-from ..evaluation.report_page import Picture, Study, report_page
+from ..evaluation.report_page import Picture, report_page
 from ..files import require_own, whole_file
 from ..inference.predictor import Predictor, predictor_config
 from ..visualization import draw_panoptic
 
 SIDE = 384  # pixels of the short side of a picture, at which labels are readable
+PAGE_SCALE = 0.75  # of pictures on the page
 OUTLINE = (255, 0, 255)
-
-
-def pair_all(predict: Predictor, dataset: str) -> list[list[Pair]]:
-    """Predicts the images of a dataset, one after the other, and returns the paired segments of each."""
-    images: list[list[Pair]] = []
-    pool = EvaluationPool(images.append)
-    for (record,) in tqdm(Trainer.build_test_loader(predict.cfg, dataset), "predicting", unit="image"):
-        ids, segments = predict_segments(predict, record)
-        pool.submit(pair_image, ids, segments, {key: record[key] for key in ("pan_seg_file_name", "segments_info")})
-    pool.finish()
-    return images
-
-
-def predict_segments(predict: Predictor, inputs: dict) -> tuple[np.ndarray, list[dict]]:
-    """Returns segment ids (H, W), 0 for void, and the segments with contiguous classes."""
-    ids, segments = predict.segment([inputs])[0]["panoptic_seg"]
-    return compact(ids, max((segment["id"] for segment in segments), default=0)), segments
-
-
-def draw(record: dict, dataset: str, models: Sequence[Predictor], error: Pair | None = None) -> list[np.ndarray]:
-    """Draws the image, the truth, and the predictions, each (H, W, 3) uint8, with an outline of an error's segment."""
-    metadata, image = MetadataCatalog.get(dataset), read_image(record)
-    scale = min(1, SIDE / min(image.shape[:2]))
-    size = round(image.shape[1] * scale), round(image.shape[0] * scale)
-    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    things = set(metadata.thing_dataset_id_to_contiguous_id.values())
-    truth = [s | {"isthing": s["category_id"] in things} for s in record["segments_info"] if not s.get("iscrowd")]
-    maps = [(panoptic_png.read(record["pan_seg_file_name"]), truth)]
-    maps += [predict_segments(model, model.mapper(record)) for model in models]
-    resized = [cv2.resize(ids.astype(np.int32), size, interpolation=cv2.INTER_NEAREST) for ids, _ in maps]
-    pictures = [small]
-    for ids, (_, segments) in zip(resized, maps, strict=True):
-        pictures.append(draw_panoptic(small, ids, segments, metadata))
-    pictures[0] = cv2.resize(small, pictures[1].shape[1::-1], interpolation=cv2.INTER_CUBIC)
-    if error:
-        mask = resized[0] == error.true["id"] if error.true else resized[1] == error.predicted["id"]
-        mask = cv2.resize(mask.astype(np.uint8), pictures[0].shape[1::-1], interpolation=cv2.INTER_NEAREST)
-        contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-        pictures = [cv2.drawContours(picture.copy(), contours, -1, OUTLINE, 3) for picture in pictures]
-    return pictures
 
 
 def configs(args: argparse.Namespace) -> list[CfgNode]:
@@ -102,12 +63,50 @@ def configs(args: argparse.Namespace) -> list[CfgNode]:
     return found
 
 
-def describe_error(pair: Pair, names: Sequence[str]) -> str:
+def segment(predict: Predictor, inputs: dict) -> tuple[np.ndarray, list[dict]]:
+    """Returns segment ids (H, W), 0 for void, and the segments with contiguous classes."""
+    ids, segments = predict.segment([inputs])[0]["panoptic_seg"]
+    return compact(ids, max((segment["id"] for segment in segments), default=0)), segments
+
+
+def pair_all(predict: Predictor, dataset: str) -> list[list[Pair]]:
+    """Predicts the images of a dataset, one after the other, and returns the paired segments of each."""
+    images: list[list[Pair]] = []
+    pool = EvaluationPool(images.append)
+    for (record,) in tqdm(Trainer.build_test_loader(predict.cfg, dataset), "predicting", unit="image"):
+        truth = record["pan_seg_file_name"], record["segments_info"]
+        pool.submit(pair_image, *segment(predict, record), *truth)
+    pool.finish()
+    return images
+
+
+def draw(record: dict, models: Sequence[Predictor], error: Pair | None) -> list[np.ndarray]:
+    """Draws the image, the truth, and the predictions, each (H, W, 3) uint8, RGB; an error's segment is outlined."""
+    image, metadata = read_image(record), models[0].metadata
+    scale = SIDE / min(image.shape[:2])
+    size = round(image.shape[1] * scale), round(image.shape[0] * scale)
+    image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    things = set(metadata.thing_dataset_id_to_contiguous_id.values())
+    truth = [s | {"isthing": s["category_id"] in things} for s in record["segments_info"] if not s.get("iscrowd")]
+    maps = [(panoptic_png.read(record["pan_seg_file_name"]), truth)]
+    maps += [segment(model, model.mapper(record)) for model in models]
+    resized = [cv2.resize(ids.astype(np.int32), size, interpolation=cv2.INTER_NEAREST) for ids, _ in maps]
+    pictures = [image]
+    for ids, (_, segments) in zip(resized, maps, strict=True):
+        pictures.append(draw_panoptic(image, ids, segments, metadata))
+    if error:
+        mask = resized[0] == error.true["id"] if error.true else resized[1] == error.predicted["id"]
+        outline, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        pictures = [cv2.drawContours(np.ascontiguousarray(picture), outline, -1, OUTLINE, 3) for picture in pictures]
+    return [cv2.resize(p, None, fx=PAGE_SCALE, fy=PAGE_SCALE, interpolation=cv2.INTER_AREA) for p in pictures]
+
+
+def describe(error: Pair, names: Sequence[str]) -> str:
     """Returns what is wrong with a segment, in words."""
-    true, predicted = (s and names[s["category_id"]] for s in (pair.true, pair.predicted))
-    if pair.true is None:
-        return f"invented {predicted}, score {pair.predicted['score']:.2f}"
-    return f"{true} taken for {predicted}, IoU {pair.iou:.2f}" if predicted else f"missed {true}"
+    true, predicted = (s and names[s["category_id"]] for s in (error.true, error.predicted))
+    if error.true is None:
+        return f"invented {predicted}, score {error.predicted['score']:.2f}"
+    return f"{true} taken for {predicted}, IoU {error.iou:.2f}" if predicted else f"missed {true}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -118,22 +117,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfgs = configs(args)
     dataset = evaluated_dataset(cfgs[0])
     models = [Predictor(cfg) for cfg in cfgs]
-    studies = [Study(model.cfg.MODEL.WEIGHTS, pair_all(model, dataset)) for model in models]
-    records, names = DatasetCatalog.get(dataset), MetadataCatalog.get(dataset).stuff_classes
-    qualities = [image_quality(pairs) for pairs in studies[0].images]
-    worst = heapq.nsmallest(args.pictures, range(len(records)), key=qualities.__getitem__)
-    errors = [(index, error) for index, pairs in enumerate(studies[0].images) for error in errors_of(pairs)]
+    found = [pair_all(model, dataset) for model in models]
+    records = DatasetCatalog.get(dataset)
+    counts = [count_pairs(pairs) for pairs in found[0]]
+    qualities = [quality_row(of_image, of_image)[0] for of_image in counts]
+    images = [index for index, quality in enumerate(qualities) if quality is not None]
+    errors = [(index, pair) for index, pairs in enumerate(found[0]) for pair in pairs if pair.is_error]
+    worst = heapq.nsmallest(args.pictures, images, key=qualities.__getitem__)
     largest = heapq.nlargest(args.pictures, errors, key=lambda error: (error[1].true or error[1].predicted)["area"])
-    chosen = [(index, None) for index in worst] + largest
+    chosen: list[tuple[int, Pair | None, str]] = [(index, None, f"PQ {qualities[index]:.1f}") for index in worst]
+    chosen += [(index, error, describe(error, models[0].class_names)) for index, error in largest]
     pictures = []
-    for index, error in tqdm(chosen, "drawing", unit="picture"):
-        what = describe_error(error, names) if error else f"PQ {100 * qualities[index]:.1f}"
-        title = f"{Path(records[index]['file_name']).name}: {what}"
-        pictures.append(Picture(title, draw(records[index], dataset, models, error)))
-    page = report_page(args.config_file, dataset, studies, pictures[: len(worst)], pictures[len(worst) :])
+    for index, error, text in tqdm(chosen, "drawing", unit="picture"):
+        title = f"{Path(records[index]['file_name']).name}: {text}"
+        pictures.append(Picture(title, draw(records[index], models, error)))
+    names = [f"{letter}: {cfg.MODEL.WEIGHTS}" for letter, cfg in zip("AB", cfgs, strict=False)]
+    sections = {"Worst images": pictures[: len(worst)], "Largest errors": pictures[len(worst) :]}
+    title = f"{args.config_file} on the {len(records)} images of {dataset}"
+    page = report_page(title, models[0].metadata, dict(zip(names, found, strict=True)), sections)
     with whole_file(file) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
-    print(f"{file}: {len(records)} images, {file.stat().st_size / 2**20:.1f} MB")
+    print(f"{file}: {file.stat().st_size / 2**20:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -152,8 +152,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = predictor_config(args.config_file, args.opts)
     name = evaluated_dataset(cfg)
     merging, images = cache(Predictor(cfg), name)
-    arrays = [image.numbers.numpy() for image in images] + [x for image in images for x in image[2:6]]
-    print(f"{len(images)} images of {name} in {sum(array.nbytes for array in arrays) / 2**20:.1f} MB of memory")
+    size = sum(array.nbytes for image in images for array in (image.numbers.numpy(), *image[2:6]))
+    print(f"{len(images)} images of {name}, {size / 2**20:.1f} MB in memory")
     at_crop = cfg.MODEL.KMAX.TEST.MERGE_AT_CROP  # else there are no area limits
     candidates = {option: values for option, values in CANDIDATES.items() if at_crop or "area" not in option}
     before = quality(merging, images)

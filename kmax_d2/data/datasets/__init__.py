@@ -4,14 +4,14 @@ import os
 
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
-from . import ade20k, coco_panoptic, server_splits, shapes
+from . import ade20k, coco_panoptic, coconut, mapillary, server_splits, shapes
 
 
 def register_all(root: str) -> None:
     """Registers the datasets that Detectron2 itself lacks; files are read or drawn when a dataset is first used.
 
     Args:
-        root: the folder that contains ADEChallengeData2016, cityscapes and coco.
+        root: the folder that contains ADEChallengeData2016, cityscapes, coco, and mapillary_vistas.
     """
     folder = shapes.folder()
     for split in shapes.SPLITS:
@@ -31,10 +31,11 @@ def register_all(root: str) -> None:
         os.path.join(coco, "annotations", "panoptic_unlabeled2017.json"),
         categories=COCO_CATEGORIES,
     )
-    ade20k.register(root)
+    for dataset in (ade20k, coconut, mapillary):
+        dataset.register(root)
     server_splits.register(root)
 
 
 register_all(os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets")))
 
-__all__ = ["ade20k", "coco_panoptic", "register_all", "server_splits", "shapes"]
+__all__ = ["ade20k", "coco_panoptic", "coconut", "mapillary", "register_all", "server_splits", "shapes"]

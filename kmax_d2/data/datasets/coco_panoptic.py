@@ -89,8 +89,20 @@ def find_categories(content: dict, json_file: str) -> tuple[list[dict], list[Fau
     return categories, faults + _duplicates(categories, "id", "category id", json_file)
 
 
-def find_records(content: dict, json_file: str, image_root: str, panoptic_root: str) -> tuple[list[dict], list[Fault]]:
-    """Returns the records of a JSON with its own category ids, and the faults of the entries that are in none."""
+def read_categories(json_file: str) -> list[dict]:
+    """Reads the categories of a JSON. Raises UserError if it is missing or they have a fault."""
+    categories, faults = find_categories(read_json(json_file), json_file)
+    _require_none(faults)
+    return categories
+
+
+def find_records(
+    content: dict, json_file: str, image_root: str | Sequence[str], panoptic_root: str
+) -> tuple[list[dict], list[Fault]]:
+    """Returns the records of a JSON with its own category ids, and the faults of the entries that are in none.
+
+    Of several image folders, each image is in one.
+    """
     faults: list[Fault] = []
     images = _well_formed(content["images"], "image", json_file, faults)
     annotations = _well_formed(content["annotations"], "annotation", json_file, faults)
@@ -99,6 +111,8 @@ def find_records(content: dict, json_file: str, image_root: str, panoptic_root: 
     faults += _duplicates(annotations, "image_id", "annotation of image", json_file)
     faults += _duplicates(annotations, "file_name", "PNG", json_file)
     image_of_id = {image["id"]: image for image in images}
+    first, *others = [image_root] if isinstance(image_root, str) else image_root
+    folder_of = {name: folder for folder in others if os.path.isdir(folder) for name in os.listdir(folder)}
     records = []
     for annotation in annotations:
         where, image = f"{json_file}: {annotation['file_name']}", image_of_id.get(annotation["image_id"])
@@ -112,7 +126,7 @@ def find_records(content: dict, json_file: str, image_root: str, panoptic_root: 
             name = os.path.join(name.split("_")[0], name.replace("_gtFine", ""))
         records.append(
             {
-                "file_name": os.path.join(image_root, name),
+                "file_name": os.path.join(folder_of.get(name, first), name),
                 "image_id": image["id"],
                 "height": image["height"],
                 "width": image["width"],
@@ -132,14 +146,16 @@ def _require_none(faults: Sequence[Fault]) -> None:
         raise UserError(lines[0] + more)
 
 
-def load(json_file: str, image_root: str, panoptic_root: str, categories: Sequence[dict] | None = None) -> list[dict]:
+def load(
+    json_file: str, image_root: str | Sequence[str], panoptic_root: str, categories: Sequence[dict] = ()
+) -> list[dict]:
     """Loads Detectron2's records of a dataset, with classes contiguous in the order of `categories` or of the JSON's.
 
     Each has "file_name", "pan_seg_file_name", "height", "width", "image_id" and "segments_info". Raises UserError if
     the JSON has a fault, an image or a PNG is missing, or a segment's category is undefined.
     """
     content = read_json(json_file)
-    if categories is None:
+    if not categories:
         categories, faults = find_categories(content, json_file)
         _require_none(faults)
     records, faults = find_records(content, json_file, image_root, panoptic_root)
@@ -210,7 +226,7 @@ def register_records(name: str, load: Callable[[], list[dict]], **metadata: obje
 
 def register(
     name: str,
-    image_root: str,
+    image_root: str | Sequence[str],
     panoptic_root: str,
     json_file: str,
     *,
@@ -222,14 +238,13 @@ def register(
 
     Args:
         name: name in the catalogs; a previous dataset of the same name is replaced.
-        image_root, panoptic_root, json_file: where the data are.
-        categories: the JSON's, if they are known without reading it.
+        image_root, panoptic_root, json_file: where the data are; the images may be in several folders.
+        categories: the JSON's, if they are known without reading it; if empty, they are read with the records.
         prepare: creates the files if needed.
         evaluator_type: selects the evaluators.
     """
     if categories is None:
-        categories, faults = find_categories(read_json(json_file), json_file)
-        _require_none(faults)
+        categories = read_categories(json_file)
 
     def records() -> list[dict]:
         if prepare is not None:

@@ -7,11 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pycocotools.mask as mask_util
 
 from ...errors import UserError
-from .paint import LARGEST, Item, Labels, Shape, Size, categories_of, join
+from .paint import Item, Labels, Shape, Size, categories_of, corners_of
 
 
 def draw(annotation: dict, names: dict[int, str], size: Size) -> list[Shape]:
@@ -26,31 +25,24 @@ def draw(annotation: dict, names: dict[int, str], size: Size) -> list[Shape]:
             raise UserError(f"its mask is {mask['size'][1]}×{mask['size'][0]}, the image {size[1]}×{size[0]}")
         if isinstance(mask["counts"], list):
             if sum(mask["counts"]) != size[0] * size[1]:
-                raise UserError("its run lengths are not those of the image")
+                raise UserError("its run lengths do not add up to the image")
             mask = mask_util.frPyObjects(mask, *size)
     else:
-        for polygon in mask:
-            if len(polygon) < 6 or len(polygon) % 2:
-                raise UserError(f"a polygon of {len(polygon) / 2:g} points")
-            if not np.all(np.abs(np.asarray(polygon, np.float64)) < LARGEST):
-                raise UserError("a polygon with impossible coordinates")
-        mask = mask_util.merge(mask_util.frPyObjects(mask, *size))
-    shape = join(names[annotation["category_id"]], [(0, 0, mask_util.decode(mask).astype(bool))], size)
-    return [shape._replace(crowd=bool(annotation.get("iscrowd", 0)))]
+        mask = mask_util.merge(mask_util.frPyObjects([corners_of(part).ravel().tolist() for part in mask], *size))
+    left, top, width, height = map(int, mask_util.toBbox(mask))
+    mask = mask_util.decode(mask)[top : top + height, left : left + width] > 0
+    return [Shape(names[annotation["category_id"]], left, top, mask, crowd=bool(annotation.get("iscrowd", 0)))]
 
 
 def read(file: Path, content: dict, images: Path | None, _: Path | None = None) -> Labels:
     """Reads a JSON's content; the images are below `images` or else in its folder or the folder images beside it."""
-    known = [
-        category | {"isthing": int(category.get("isthing", 1))}
-        for category in content.get("categories") or ()
-        if isinstance(category, dict) and {"id", "name"} <= category.keys()
-    ]
-    if not known:
-        raise UserError(f"{file} has no categories")
     if any("segments_info" in annotation for annotation in content["annotations"][:1]):
         raise UserError(f"{file} is in COCO panoptic format already")
-    names = {category["id"]: category["name"] for category in known}
+    try:
+        known = [{"isthing": 1} | category for category in content["categories"]]
+        names = {category["id"]: category["name"] for category in known}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file} has no valid categories: {error!r}") from error
     if len(set(names.values())) < len(known):
         known = categories_of(dict.fromkeys(names.values()))
     objects = defaultdict(list)
@@ -61,12 +53,12 @@ def read(file: Path, content: dict, images: Path | None, _: Path | None = None) 
     labels = Labels(known, [])
     for image in content["images"]:
         try:
-            size = image["height"], image["width"]
             files = [folder / image["file_name"] for folder in folders]
             found = next((path for path in files if path.is_file()), files[0])
+            size = image["height"], image["width"]
             labels.items.append(Item(found, objects.pop(image["id"], []), size))
         except (KeyError, TypeError) as error:
-            labels.faults.append(f"{file}: image {image}: no {error}")
+            labels.faults.append(f"{file}: the image {image} has no valid {error}")
     for image_id, orphans in objects.items():
         labels.faults += [f"{where}: no image has the id {image_id}" for where, _ in orphans]
     return labels

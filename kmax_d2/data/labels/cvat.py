@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from functools import partial
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 
 from ...errors import UserError
-from .paint import Item, Labels, Shape, Size, fill, image_files, join
-
-AREAS = ("polygon", "box", "mask")
+from .paint import BAD, Item, Labels, Region, Size, categories_of, fill, grouped, image_files
 
 
-def _root(file: Path) -> ElementTree.Element:
+def root_of(file: Path) -> ElementTree.Element:
+    """Reads an XML file. Raises UserError if it is broken."""
     try:
         return ElementTree.parse(file).getroot()
     except (OSError, ElementTree.ParseError) as error:
         raise UserError(f"cannot read {file}: {error}") from error
 
 
-def matches(file: Path) -> bool:
-    """Tells whether an XML file is from CVAT."""
-    return _root(file).tag == "annotations"
-
-
-def region(shape: dict, size: Size) -> tuple[int, int, np.ndarray]:
+def region(shape: dict, size: Size) -> Region:
     """Draws an element's attributes and its "tag"; raises UserError for one without an area."""
     if shape["tag"] == "polygon":
         return fill([point.split(",") for point in shape["points"].split(";")], size)
@@ -39,44 +30,27 @@ def region(shape: dict, size: Size) -> tuple[int, int, np.ndarray]:
         raise UserError(f"a {shape['tag']} has no mask")
     left, top, width, height = (int(shape[key]) for key in ("left", "top", "width", "height"))
     runs = [int(run) for run in shape["rle"].split(",")]  # of zeros and ones in turn, row by row
-    mask = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-    return left, top, mask.reshape(height, width)
-
-
-def draw(shapes: list[dict], size: Size) -> list[Shape]:
-    """Draws the elements of an object."""
-    return [join(shapes[0]["label"], [region(shape, size) for shape in shapes], size)]
+    return left, top, np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(height, width)
 
 
 def read(file: Path, images: Path | None = None, _: Path | None = None) -> Labels:
     """Reads an XML; the images are below `images`, or else below its folder. Elements of one group are one object."""
-    root, labels = _root(file), Labels([], [])
-    for id_, label in enumerate(root.iterfind("./meta//labels/label"), start=1):
-        color = (label.findtext("color") or "").lstrip("#")
-        category: dict[str, Any] = {"id": id_, "name": label.findtext("name", ""), "isthing": 1}
-        labels.categories.append(category | ({"color": list(bytes.fromhex(color))} if len(color) == 6 else {}))
-    found = image_files(images or file.parent)
+    root, folder = root_of(file), images or file.parent
+    found = root.findall("./meta//labels/label")
+    labels = Labels(categories_of(label.findtext("name", "") for label in found), [])
+    if not found:
+        raise UserError(f"{file} names no labels")
+    for category, label in zip(labels.categories, found, strict=True):
+        if color := label.findtext("color"):
+            category["color"] = list(bytes.fromhex(color.lstrip("#")))
+    files = image_files(folder)
     for image in root.iterfind("image"):
         name = Path(image.get("name", ""))
-        objects: dict[Any, list[dict]] = defaultdict(list)
-        for number, element in enumerate(image):
-            if element.tag == "tag":  # describes the whole image
-                continue
-            group = element.get("group_id", "0")
-            shape = {"tag": element.tag, "number": number, **element.attrib}
-            objects[number if group == "0" else (element.get("label"), group)].append(shape)
-        named = [
-            (
-                f"{file}: image {name}, {shapes[0]['tag']} {shapes[0]['number']} ({shapes[0].get('label')})",
-                partial(draw, shapes),
-            )
-            for shapes in objects.values()
-        ]
-        path = found.get(str(name.with_suffix(""))) or found.get(name.stem) or (images or file.parent) / name
+        shapes = [{"tag": element.tag, **element.attrib} for element in image if element.tag != "tag"]
+        path = files.get(str(name.with_suffix(""))) or files.get(name.stem) or folder / name
         try:
-            labels.items.append(Item(path, named, (int(image.attrib["height"]), int(image.attrib["width"]))))
-        except (KeyError, ValueError) as error:
-            labels.faults.append(f"{file}: image {name}: no valid {error}")
-    if not labels.categories:
-        raise UserError(f"{file} names no labels")
+            size = int(image.attrib["height"]), int(image.attrib["width"])
+            labels.items.append(Item(path, grouped(f"{file}: {name}", shapes, region, "0"), size))
+        except BAD as error:
+            labels.faults.append(f"{file}: the image {name} is malformed ({error!r})")
     return labels

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 from ...errors import UserError
 
 Size = tuple[int, int]  # (height, width) in pixels
+Region = tuple[int, int, np.ndarray]  # left, top, and a mask (h, w), bool, from there
 LARGEST = 1e6  # coordinate of a polygon, in pixels
 BAD = (UserError, ValueError, TypeError, LookupError, AttributeError, OverflowError, OSError)  # from malformed objects
 
@@ -23,7 +25,7 @@ class Shape(NamedTuple):
     """A labeled region: `mask` (h, w), bool, whose first pixel is at (left, top) of the image.
 
     A `whole` region is all of a class, whose instances, if it has any, are its connected components. One `under` the
-    others is covered by them whatever its size.
+    others is covered by them whatever its size. Regions of a class with the same `group` other than 0 are one object.
     """
 
     name: str
@@ -33,22 +35,18 @@ class Shape(NamedTuple):
     crowd: bool = False
     whole: bool = False
     under: bool = False
+    group: int = 0
+
+
+Drawn = partial[list[Shape]]  # takes the image's size; may raise any of BAD
 
 
 @dataclass
 class Item:
-    """An image and its labels.
-
-    Attributes:
-        image: the image file.
-        objects: pairs of what messages call an object (its file and number) and a partial function that takes the
-            image's size and returns the object's shapes; it may raise any of BAD.
-        size: the image's size by the labels, if they tell it.
-        split: such as "train", or empty.
-    """
+    """An image file, its objects by what messages call them, its size by the labels, and its split, if these tell."""
 
     image: Path
-    objects: list[tuple[str, partial[list[Shape]]]]
+    objects: list[tuple[str, Drawn]]
     size: Size | None = None
     split: str = ""
 
@@ -62,29 +60,31 @@ class Labels:
     faults: list[str] = field(default_factory=list)
 
 
-def categories_of(names: Iterable[str], isthing: int = 1) -> list[dict]:
-    """Returns categories with ids from 1."""
-    return [{"id": id_, "name": name, "isthing": isthing} for id_, name in enumerate(names, start=1)]
+def categories_of(names: Iterable[str]) -> list[dict]:
+    """Returns categories with ids from 1, all of them things."""
+    return [{"id": id_, "name": name, "isthing": 1} for id_, name in enumerate(names, start=1)]
 
 
 def image_files(folder: Path) -> dict[str, Path]:
-    """Returns the image files below a folder by their path in it without suffix, and by their stem where it is one."""
+    """Returns the image files below a folder by their stem and by their path in it without suffix."""
     known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in known]
     return {file.stem: file for file in files} | {str(file.relative_to(folder).with_suffix("")): file for file in files}
 
 
-def fill(polygon: Any, size: Size) -> tuple[int, int, np.ndarray]:
-    """Fills a polygon of (x, y) corners, pairs or flat; the outline, rounded to pixels, belongs to it.
-
-    Returns (left, top, mask) of the part inside the image. Raises UserError for fewer than three corners.
-    """
+def corners_of(polygon: Any) -> np.ndarray:
+    """Returns the corners (N, 2) of a polygon, flat or in pairs. Raises UserError for fewer than three."""
     corners = np.asarray(polygon, np.float64).reshape(-1, 2)
     if len(corners) < 3:
         raise UserError(f"a polygon of {len(corners)} points")
     if not np.all(np.abs(corners) < LARGEST):
         raise UserError("a polygon with impossible coordinates")
-    points = np.rint(corners).astype(np.int32)
+    return corners
+
+
+def fill(polygon: Any, size: Size) -> Region:
+    """Fills the part of a polygon inside the image; its outline, rounded to pixels, belongs to it."""
+    points = np.rint(corners_of(polygon)).astype(np.int32)
     (left, top), (right, bottom) = np.maximum(points.min(0), 0), np.minimum(points.max(0) + 1, size[::-1])
     mask = np.zeros((max(0, bottom - top), max(0, right - left)), np.uint8)
     if mask.size:
@@ -92,20 +92,28 @@ def fill(polygon: Any, size: Size) -> tuple[int, int, np.ndarray]:
     return int(left), int(top), mask > 0
 
 
-def join(name: str, regions: Sequence[tuple[int, int, np.ndarray]], size: Size) -> Shape:
-    """Returns the union of regions (left, top, mask), which may reach beyond the image, as one shape."""
-    union = np.zeros(size, bool)
-    for left, top, mask in regions:
-        x, y = max(0, -left), max(0, -top)
-        window = union[top + y : top + len(mask), left + x : left + mask.shape[1]]
-        window |= mask[y : y + window.shape[0], x : x + window.shape[1]]
-    left, top, width, height = cv2.boundingRect(union.view(np.uint8))
-    return Shape(name, left, top, union[top : top + height, left : left + width])
+def _draw_group(parts: list[dict], region: Callable[[dict, Size], Region], size: Size) -> list[Shape]:
+    shapes = []
+    for part in parts:
+        left, top, mask = region(part, size)
+        x, y = max(0, -left), max(0, -top)  # a mask may reach beyond the image
+        mask = mask[y : max(0, size[0] - top), x : max(0, size[1] - left)]
+        shapes.append(Shape(part["label"], left + x, top + y, mask, group=1 + parts[0]["number"]))
+    return shapes
 
 
-def _instances(shape: Shape) -> list[Shape]:
-    count, labels = cv2.connectedComponents(shape.mask.view(np.uint8))
-    return [shape._replace(mask=labels == label) for label in range(1, count)]
+def grouped(
+    where: str, parts: Iterable[dict], region: Callable[[dict, Size], Region], none: Any
+) -> list[tuple[str, Drawn]]:
+    """Returns the objects of an image: parts with the same "label" and "group_id", unless this is `none`, are one."""
+    groups = defaultdict(list)
+    for number, part in enumerate(parts):
+        group = part.get("group_id", none)
+        groups[number if group == none else (part["label"], group)].append(part | {"number": number})
+    return [
+        (f"{where}, object {found[0]['number']} ({found[0]['label']})", partial(_draw_group, found, region))
+        for found in groups.values()
+    ]
 
 
 def paint(
@@ -118,22 +126,20 @@ def paint(
     """
     split: list[Shape] = []
     for shape in shapes:
-        split += _instances(shape) if shape.whole and shape.name in things and not shape.crowd else [shape]
+        if shape.whole and shape.name in things and not shape.crowd:
+            count, labels = cv2.connectedComponents(shape.mask.view(np.uint8))
+            split += [shape._replace(mask=labels == label) for label in range(1, count)]
+        else:
+            split.append(shape)
     split.sort(key=lambda shape: (not shape.under, not shape.crowd, -int(shape.mask.sum())))
     ids = np.zeros(size, np.int32)
     painted: dict[int, Shape] = {}
-    stuff: dict[str, int] = {}
+    known: dict[tuple[str, int], int] = {}
     for number, shape in enumerate(split, start=1):
-        id_ = number if shape.name in things else stuff.setdefault(shape.name, number)
+        is_own = shape.name in things and not shape.group
+        id_ = number if is_own else known.setdefault((shape.name, shape.group * (shape.name in things)), number)
         id_ = 0 if shape.name in void else id_
         painted[id_] = shape
         height, width = shape.mask.shape
         ids[shape.top : shape.top + height, shape.left : shape.left + width][shape.mask] = id_
     return ids, painted
-
-
-def reason(error: BaseException) -> str:
-    """Returns in words what is wrong with an object whose drawing raised one of BAD."""
-    if isinstance(error, KeyError):
-        return f"no {error.args[0]}"
-    return f"{error}" if isinstance(error, UserError) else f"malformed ({error})"

@@ -3,6 +3,5 @@
 from .convnext import KMaXConvNeXt
 from .resnet import KMaXMaXS, KMaXResNet
 from .timm_backbone import KMaXTimm
-from .vit import KMaXViT
 
-__all__ = ["KMaXConvNeXt", "KMaXMaXS", "KMaXResNet", "KMaXTimm", "KMaXViT"]
+__all__ = ["KMaXConvNeXt", "KMaXMaXS", "KMaXResNet", "KMaXTimm"]

@@ -1,0 +1,63 @@
+"""Fine-tuning with other classes: the rows of class heads go to the classes of the same names."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from detectron2.data import Metadata, MetadataCatalog
+
+logger = logging.getLogger(__name__)
+# The first axis of these is the classes, which may be followed by void.
+OF_CLASSES = re.compile(r"(.*\.class_head|semantic_head\.classifier)\.(weight|bias)")
+# The datasets of published weights, by the number of their classes.
+_PUBLISHED = {133: "coco_2017_val_panoptic", 19: "cityscapes_fine_panoptic_val", 150: "ade20k_panoptic_val"}
+_SUFFIX = re.compile(r"(-other)?(-merged|-stuff)?$")  # of COCO's stuff, such as "sky-other-merged"
+SHOWN = 5  # names in the log
+
+
+def published_metadata(count: int) -> Metadata | None:
+    """Returns the metadata of the dataset whose published weights have `count` classes, without void."""
+    return MetadataCatalog.get(_PUBLISHED[count]) if count in _PUBLISHED else None
+
+
+def take_rows(
+    weights: dict[str, torch.Tensor], names: Sequence[str], own: Mapping[str, torch.Tensor], own_names: Sequence[str]
+) -> None:
+    """Replaces a checkpoint's class heads by the model's, with the checkpoint's rows for classes of equal names.
+
+    The other classes keep the model's rows; void has the checkpoint's if any class has. Names are compared without
+    case, synonyms after a comma, and COCO's endings such as "-merged". Logs one line unless the classes are the same.
+
+    Args:
+        weights: the checkpoint's, by our names; changed in place.
+        names: the checkpoint's classes; if there are none, those of the published weights with as many classes.
+        own, own_names: weights and classes of the model; without classes, nothing is changed.
+    """
+    heads = [name for name in weights if OF_CLASSES.fullmatch(name) and name in own]
+    counts = {len(weights[name]) - 1 for name in heads if ".class_head." in name}
+    if not names and counts and counts != {len(own_names)}:
+        names = getattr(published_metadata(min(counts)), "stuff_classes", ())
+    if not heads or not names or not own_names or list(names) == list(own_names):
+        return
+    rows = {_plain(name): index for index, name in enumerate(names)}
+    pairs = [(rows[_plain(name)], index) for index, name in enumerate(own_names) if _plain(name) in rows]
+    for head in heads:
+        old, new = weights[head], own[head].detach().clone()
+        if old.shape[1:] != new.shape[1:]:
+            continue  # which is reported as another model
+        both_void = len(old) > len(names) and len(new) > len(own_names)
+        for source, target in [*pairs, (len(names), len(own_names))] if pairs and both_void else pairs:
+            new[target] = old[source].to(new)
+        weights[head] = new
+    shown = ", ".join(own_names[target] for _, target in pairs[:SHOWN]) + ", …" * (len(pairs) > SHOWN)
+    logger.info(
+        f"the class heads take over {len(pairs)} of {len(own_names)} classes{' (' * bool(pairs)}{shown}"
+        f"{')' * bool(pairs)}; the others start from scratch"
+    )
+
+
+def _plain(name: str) -> str:
+    return _SUFFIX.sub("", name.partition(",")[0].strip().lower())
