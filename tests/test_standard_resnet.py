@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from small import randomize_norms
 from torchvision.models import resnet50
 
 from kmax_d2.modeling.backbones import KMaXResNet
@@ -26,13 +26,7 @@ def blocks_of(model):
 
 @pytest.mark.parametrize("size", [(65, 97), (50, 71)])
 def test_equals_torchvision(size):
-    theirs, ours = resnet50(weights=None).eval(), KMaXResNet(standard=True, norm="BN").eval()
-    for norm in theirs.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.uniform_(norm.weight, 0.5, 1.5)
-            nn.init.normal_(norm.bias, std=0.2)
-            nn.init.normal_(norm.running_mean, std=0.2)
-            nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    theirs, ours = randomize_norms(resnet50(weights=None)).eval(), KMaXResNet(standard=True, norm="BN").eval()
     for our_block, their_block in zip(blocks_of(ours), blocks_of(theirs), strict=True):
         for (conv, norm), (their_conv, their_norm) in zip(our_block, their_block, strict=True):
             conv.load_state_dict(their_conv.state_dict())

@@ -138,22 +138,18 @@ def test_no_shard(two_shards):
         read_variables(str(prefix))
 
 
-@pytest.mark.parametrize("size", [0, 20, 47, 48, 1000, 2030])
-def test_truncated_index(copy, index, size):
-    index.write_bytes(index.read_bytes()[:size])
-    with pytest.raises(UserError, match=r"ckpt-1\.index is damaged: it is not the index .* cut short; download it"):
-        read_variables(str(copy))
-
-
-def test_an_index_that_is_only_its_mark(copy, index):
-    index.write_bytes(index.read_bytes()[-8:])
-    with pytest.raises(UserError, match=r"ckpt-1\.index is damaged"):
-        read_variables(str(copy))
-
-
-def test_not_a_table(copy, index):
-    index.write_bytes(b"<html>404: not found</html>" * 100)
-    with pytest.raises(UserError, match=r"ckpt-1\.index is damaged: it is not the index of a TensorFlow checkpoint"):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(lambda content, size=size: content[:size] for size in (0, 20, 47, 48, 1000, 2030)),
+        lambda content: content[-8:],  # only its mark
+        lambda content: b"<html>404: not found</html>" * 100,
+    ],
+)
+def test_what_is_no_whole_index(copy, index, damage):
+    index.write_bytes(damage(index.read_bytes()))
+    reason = "it is not the index of a TensorFlow checkpoint, or it is cut short|the checksum of its block"
+    with pytest.raises(UserError, match=rf"ckpt-1\.index is damaged: ({reason}).*; download it again"):
         read_variables(str(copy))
 
 
@@ -181,46 +177,37 @@ def test_wrong_checksum_of_a_tensor(copy, shard):
         read_variables(str(copy))
 
 
-def test_tensor_outside_of_its_shard(tmp_path):
-    write_entry(tmp_path / "c", X, entry(1, (2,), 0, 1, bytes(8)), bytes(8))
-    with pytest.raises(UserError, match=r"00000-of-00001 is cut short: it has 8 bytes, but x/.* ends at byte 9"):
+EXTENTS = field(7, field(1, field(1, 0) + field(2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "shard_id", "offset", "more", "head", "message"),
+    [
+        ((2,), 0, 1, b"", None, r"00000-of-00001 is cut short: it has 8 bytes, but x/.* ends at byte 9"),
+        ((2,), 1, 0, b"", None, r"c\.data-00001-of-00001 is missing"),
+        ((3,), 0, 0, b"", None, r"the index beside .* is damaged: it gives 8 bytes to x/.* \(3,\)"),
+        ((2,), 0, 0, b"", header(1, field(2, 1)), "big-endian"),
+        ((4, 2), 0, 0, EXTENTS, None, r"x/.* is stored in slices"),
+    ],
+)
+def test_entries_that_cannot_be_read(tmp_path, shape, shard_id, offset, more, head, message):
+    content = bytes(0 if more else 8)
+    heads = [] if head is None else [head]
+    write_entry(tmp_path / "c", X, entry(1, shape, shard_id, offset, content, more), content or bytes(1), *heads)
+    with pytest.raises(UserError, match=message):
         read_variables(str(tmp_path / "c"))
 
 
-def test_shard_that_is_not_counted(tmp_path):
-    write_entry(tmp_path / "c", X, entry(1, (2,), 1, 0, bytes(8)), bytes(8))
-    with pytest.raises(UserError, match=r"c\.data-00001-of-00001 is missing"):
-        read_variables(str(tmp_path / "c"))
-
-
-def test_shape_of_another_size(tmp_path):
-    write_entry(tmp_path / "c", X, entry(1, (3,), 0, 0, bytes(8)), bytes(8))
-    with pytest.raises(UserError, match=r"the index beside .* is damaged: it gives 8 bytes to x/.* \(3,\)"):
-        read_variables(str(tmp_path / "c"))
-
-
-def test_other_endianness(tmp_path):
-    write_entry(tmp_path / "c", X, entry(1, (2,), 0, 0, bytes(8)), bytes(8), header(1, field(2, 1)))
-    with pytest.raises(UserError, match="big-endian"):
-        read_variables(str(tmp_path / "c"))
-
-
-def test_compressed_index(tmp_path):
-    (tmp_path / "c.index").write_bytes(table({b"": header(1)}, compression=1))
-    with pytest.raises(UserError, match="compressed with Snappy"):
-        read_variables(str(tmp_path / "c"))
-
-
-def test_no_header(tmp_path):
-    (tmp_path / "c.index").write_bytes(table({b"x": entry(1, (2,), 0, 0, bytes(8))}))
-    with pytest.raises(UserError, match=r"c\.index is damaged: it has no header"):
-        read_variables(str(tmp_path / "c"))
-
-
-def test_slices_are_not_read(tmp_path):
-    extents = field(7, field(1, field(1, 0) + field(2, 2)))
-    write_entry(tmp_path / "c", X, entry(1, (4, 2), 0, 0, b"", extents), bytes(1))
-    with pytest.raises(UserError, match=r"x/.* is stored in slices"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (table({b"": header(1)}, compression=1), "compressed with Snappy"),
+        (table({b"x": entry(1, (2,), 0, 0, bytes(8))}), r"c\.index is damaged: it has no header"),
+    ],
+)
+def test_indexes_that_cannot_be_read(tmp_path, content, message):
+    (tmp_path / "c.index").write_bytes(content)
+    with pytest.raises(UserError, match=message):
         read_variables(str(tmp_path / "c"))
 
 

@@ -32,11 +32,7 @@ class Prediction(NamedTuple):
         """Cuts the maps to the part of an image of `padded` pixels that is not padding, and names the tensors."""
         stride = (padded[1] - 1) // (self.mask_logits.shape[-1] - 1)
         real = ..., slice((height - 1) // stride + 1), slice((width - 1) // stride + 1)
-        return {
-            "class_logits": self.class_logits,
-            "mask_logits": self.mask_logits[real],
-            "pixel_feature": self.pixel_feature[real],
-        }
+        return self._asdict() | {"mask_logits": self.mask_logits[real], "pixel_feature": self.pixel_feature[real]}
 
 
 class Predictor(nn.Module):

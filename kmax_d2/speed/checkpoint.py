@@ -21,9 +21,9 @@ SMALLEST = 2**18  # elements of the input; what follows from fewer is cheap to k
 def checkpoint_blocks(model: nn.Module) -> nn.Module:
     """Makes every large block of a model keep nothing but its input for the backward pass, in place.
 
-    These are the residual blocks of encoder and pixel decoder, the kMaX decoders, the final predictor, the semantic head,
-    and the similarity of pixels in the loss. Gradients, running statistics and dropped paths stay what they are without checkpointing. Parts that
-    `torch.compile` runs are left to the compiler.
+    These are the residual blocks of encoder and pixel decoder, the kMaX decoders, the final predictor, the semantic
+    head, and the similarity of pixels in the loss. Gradients, running statistics and dropped paths stay what they are
+    without checkpointing. Parts that `torch.compile` runs are left to the compiler.
     """
     for module in _blocks(model):
         module.forward = functools.partial(_forward, module, module.forward)

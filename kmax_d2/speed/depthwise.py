@@ -16,9 +16,9 @@ def fast_depthwise_gradients(model: nn.Module) -> nn.Module:
     """Speeds up the backward pass of a model's depthwise convolutions on CPUs, in place: those that keep the size."""
     for conv in model.modules():
         if isinstance(conv, nn.Conv2d) and 1 < conv.groups == conv.in_channels == conv.out_channels:
-            side = conv.kernel_size[0]
-            expected = (side, side), (side // 2, side // 2), (1, 1), (1, 1)
-            if side % 2 and (conv.kernel_size, conv.padding, conv.stride, conv.dilation) == expected:
+            half = conv.kernel_size[0] // 2
+            form = conv.kernel_size, conv.padding, conv.stride, conv.dilation
+            if form == ((2 * half + 1,) * 2, (half, half), (1, 1), (1, 1)):
                 conv.forward = functools.partial(_forward, conv, conv.forward)
     return model
 
