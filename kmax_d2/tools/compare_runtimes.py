@@ -25,6 +25,7 @@ PARSER.add_argument("--others", action="store_true", help="also Mask2Former and 
 if __name__ == "__main__":
     PARSER.parse()  # answers --help and mistakes before the slow imports
 
+import functools
 import statistics
 import tempfile
 import time
@@ -87,7 +88,11 @@ def in_runtimes(cfg: CfgNode, threads: int, folder: Path) -> Iterator[tuple[str,
         hints = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
         compiled = openvino.Core().compile_model(file, "CPU", hints)
         name = f"OpenVINO, {precision.replace('bf', 'bfloat').replace('f3', 'float3')}"
-        yield name, lambda image, compiled=compiled: compiled({"images": image[None]})
+        yield name, functools.partial(_run_openvino, compiled)
+
+
+def _run_openvino(compiled: Any, image: np.ndarray) -> object:
+    return compiled({"images": image[None]})
 
 
 def of_others() -> Iterator[tuple[str, Run]]:
