@@ -124,7 +124,7 @@ def build_task(args: argparse.Namespace, stages: bool) -> Task:
     task: Task = {"total": lambda: [result["panoptic_seg"] for result in model(inputs)]}
     if args.mode == "training":
         model = training_model(model, cfg)
-        task["forward"], weights = task["total"], list(model.parameters())
+        task["forward"], weights = lambda: model(inputs), list(model.parameters())
         task["total"] = lambda: torch.autograd.grad(sum(model(inputs).values()), weights)
     else:
         model = inference_model(model, cfg)
