@@ -175,7 +175,7 @@ def build_page(models: Models) -> Any:
                 step = gr.Slider(1, 7, 1, step=1, label="Decoder", interactive=False, elem_id="step", buttons=[])
                 clusters = gr.Image(format="jpeg", interactive=False, label="Clusters", elem_id="clusters", buttons=[])
         with gr.Accordion("Segments as JSON, with COCO's run-length encoded masks", open=False):
-            text = gr.Code(language="json", max_lines=20, buttons=["copy", "download"])
+            text = gr.Code(language="json", elem_id="json", max_lines=20, buttons=["copy", "download"])
 
         private = {"api_visibility": "private"}
         outputs = [view, *pictures, text, chosen, clusters, step]

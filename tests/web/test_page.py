@@ -63,7 +63,7 @@ def test_a_photo_is_segmented(page, tmp_path):
     # The JSON file, against which clicks are held.
     page.get_by_text("Segments as JSON").click()
     with page.expect_download() as download:
-        page.locator(".code_wrap, .codemirror-wrapper, .block").get_by_role("button", name="Download").last.click()
+        page.locator("#json").get_by_role("button", name="Download").click()
     content = json.loads(Path(download.value.path()).read_text())
     assert (content["height"], content["width"]) == (photo.height, photo.width) and content["segments_info"]
 
@@ -143,6 +143,7 @@ def test_a_model_that_cannot_be_had_is_a_sentence(page):
 def test_the_camera(page):
     page.locator("#input").get_by_label("Capture from camera").click()
     page.locator("#input").get_by_text("Click to Access Webcam").click()
+    page.wait_for_function("document.querySelector('#input video').videoWidth > 0")
     page.locator("#input").get_by_label("capture photo").click()
     page.wait_for_selector(PICTURE)
 
