@@ -11,7 +11,7 @@ quickstart: $(STAMP)
 	$(BIN)/python -m kmax_d2.tools.quickstart
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest
