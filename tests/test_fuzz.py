@@ -64,7 +64,7 @@ def checkpoints(model, tmp_path_factory):
     """The model's weights in every format of a single file, and a TensorFlow checkpoint's index."""
     folder, weights = tmp_path_factory.mktemp("checkpoints"), model.state_dict()
     for name in ("model.pth", "model.pkl"):
-        write_checkpoint(weights, folder / name)
+        write_checkpoint(weights, folder / name, {})
     torch.save({"model": weights}, folder / "old.pth", _use_new_zipfile_serialization=False)
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors")
     published.write_checkpoint(folder / "ckpt-1", published.official_variables(published.build()))
