@@ -19,7 +19,7 @@ test-all: $(STAMP)
 # The web page in a real browser.
 test-web: $(STAMP)
 	@$(PIP) install -e ".[web]" playwright
-	@command -v chromium google-chrome >/dev/null || $(BIN)/playwright install --with-deps chromium
+	@command -v chromium || command -v google-chrome || $(BIN)/playwright install --with-deps chromium
 	$(BIN)/python -m pytest tests/web
 
 lint: $(STAMP)
