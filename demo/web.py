@@ -184,15 +184,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         if importlib.util.find_spec("gradio") is None:
             raise UserError("gradio is not installed: pip install 'gradio>=6'")
         page = build_page(Models(load(args.config_file or "", options=args.opts)))
-        page.launch(
-            server_name=args.host,
-            server_port=args.port,
-            max_file_size=MAX_BYTES,
-            state_session_capacity=MAX_VISITORS,
-            footer_links=[],
-            share=False,
-            ssr_mode=False,
-        )
+        limits = {"max_file_size": MAX_BYTES, "state_session_capacity": MAX_VISITORS}
+        try:
+            page.launch(
+                server_name=args.host, server_port=args.port, share=False, ssr_mode=False, footer_links=[], **limits
+            )
+        except (OSError, OverflowError):
+            raise UserError(
+                f"cannot listen at {args.host}, port {args.port}: choose another --host or --port"
+            ) from None
 
 
 if __name__ == "__main__":
