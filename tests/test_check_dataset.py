@@ -1,6 +1,8 @@
 """Every fault of a dataset is found, counted and named, and a sound dataset has none."""
 
+import functools
 import json
+import operator
 from collections import Counter
 
 import numpy as np
@@ -49,14 +51,8 @@ def change_json(change):
     return spoil
 
 
-def entry(content, path):
-    for part in path:
-        content = content[part]
-    return content
-
-
 def at(*path, **values):
-    return change_json(lambda content: entry(content, path).update(values))
+    return change_json(lambda content: functools.reduce(operator.getitem, path, content).update(values))
 
 
 def without(*path):
@@ -65,7 +61,9 @@ def without(*path):
 
 def again(*path, **values):
     """Repeats an entry at the end of its list, with other values."""
-    return change_json(lambda content: entry(content, path[:-1]).append(entry(content, path) | values))
+    return change_json(
+        lambda content: entry(content, path[:-1]).append(functools.reduce(operator.getitem, path, content) | values)
+    )
 
 
 def cut(name):
@@ -353,10 +351,8 @@ def warnings(output):
 
 
 def test_warnings_of_the_model(folder, capsys):
-    queries, areas = "MODEL.KMAX.TRANSFORMER_DECODER.NUM_QUERIES", ("THING_AREA_LIMIT", "STUFF_AREA_LIMIT")
-    limits = [
-        part for name, limit in zip(areas, ("0", "0"), strict=True) for part in (f"MODEL.KMAX.TEST.{name}", limit)
-    ]
+    queries = "MODEL.KMAX.TRANSFORMER_DECODER.NUM_QUERIES"
+    limits = ["MODEL.KMAX.TEST.THING_AREA_LIMIT", "0", "MODEL.KMAX.TEST.STUFF_AREA_LIMIT", "0"]
     crop = ["INPUT.CROP_SIZE", "[145, 161]", "INPUT.FIT_CROP", "False"]
     content = json.loads((folder / "panoptic_val.json").read_text())
     segments = [segment for annotation in content["annotations"] for segment in annotation["segments_info"]]
@@ -367,9 +363,8 @@ def test_warnings_of_the_model(folder, capsys):
     limits[1] = str(things[2])
     assert run(folder, "--samples", "0", "--opts", *limits, *crop, queries, str(max(counts) - 1)) == 0
     lines = warnings(capsys.readouterr().out)
-    assert (
-        f"{counts.count(max(counts))} images have more segments than the model's {max(counts) - 1} queries" in lines[0]
-    )
+    most = max(counts)
+    assert f"{counts.count(most)} images have more segments than the model's {most - 1} queries" in lines[0]
     assert f"2 things are smaller than MODEL.KMAX.TEST.THING_AREA_LIMIT, {things[2]} pixels" in lines[1]
 
 
@@ -385,8 +380,8 @@ def test_warnings_of_training_and_a_page_in_html(folder, tmp_path, capsys):
                     segment["category_id"] = 8
         at(*SEGMENT, category_id=9)(tmp_path) if split == "val" else file.write_text(json.dumps(content))
     image = Image.open(folder / "val/0002.jpg")
-    image.save(folder / "val/0002.png")
-    image.save(folder / "train/0001.png")
+    for name in ("val/0002.png", "train/0001.png"):
+        image.save(folder / name)
     for split, index in (("val", 2), ("train", 1)):
         file = tmp_path / f"panoptic_{split}.json"
         content = json.loads(file.read_text())

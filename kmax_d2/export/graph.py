@@ -106,9 +106,36 @@ def merge(
     overlap = ranked @ (pairs + pairs.transpose(1, 2))[:, :-1, :-1] @ ranked.transpose(1, 2)
     overlap = overlap.tril(-1)  # of each rank with those before it
 
-    # From here on in order of rank.
-    ranked_class, score = query_class.gather(1, order), confidence.gather(1, order)
-    thing = is_thing[ranked_class]
+    score, ranked_class = confidence.gather(1, order), query_class.gather(1, order)
+    pasted, first, id_of_rank = _paste(merging, score, is_thing[ranked_class], ranked_class, area, overlap)
+    column = torch.where(first, id_of_rank - 1, queries)  # of the table
+
+    ranks = torch.arange(queries, device=order.device).expand_as(order)
+    rank = torch.full_like(order, queries).scatter(1, order, torch.where(pasted, ranks, queries))
+    rank, id_of_rank = F.pad(rank, (0, 1), value=queries), F.pad(id_of_rank, (0, 1))
+    winner = rank.gather(1, masks.flatten(1)).view_as(masks).amin(1)
+    ids = id_of_rank.gather(1, winner.flatten(1)).view_as(winner)
+
+    table = torch.zeros_like(F.pad(score, (0, 1)))
+    classes = table.scatter(1, column, ranked_class.to(table.dtype))[:, :-1]
+    return ids, classes, table.scatter(1, column, score)[:, :-1]
+
+
+def _paste(
+    merging: MaskWiseMerging, score: torch.Tensor, thing: torch.Tensor, classes: torch.Tensor, *counts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Decides which masks are pasted. All tensors are in order of rank.
+
+    Args:
+        merging: whose options count.
+        score, thing, classes: (B, N) of each mask.
+        counts: (B, N) area in pixels, and (B, N, N) overlap of each mask with those before it.
+
+    Returns:
+        (B, N): whether a mask is pasted, whether it is the first of its segment, and the segment's id, 0 for none.
+    """
+    area, overlap = counts
+    queries = score.shape[1]
     threshold = torch.where(thing, merging.thing_threshold, merging.stuff_threshold)
     candidate = (score >= threshold) & (area > 0)
     # Whether a mask is pasted depends on those before it: after i rounds, the first i are settled.
@@ -117,25 +144,14 @@ def merge(
         free = area - (overlap @ pasted.to(overlap.dtype)[..., None]).squeeze(2)
         pasted = candidate & (free > merging.overlap_threshold * area)
 
-    itself = torch.eye(queries, dtype=torch.bool, device=order.device)
-    same = (ranked_class[:, :, None] == ranked_class[:, None]) & ~thing[:, :, None] | itself
+    itself = torch.eye(queries, dtype=torch.bool, device=score.device)
+    same = (classes[:, :, None] == classes[:, None]) & ~thing[:, :, None] | itself
     same = (same & pasted[:, None]).to(free.dtype)  # (B, N, N): the pasted masks of each one's segment
     segment_area = (same @ free[..., None]).squeeze(2)
     limit = torch.where(thing, float(merging.thing_area_limit), float(merging.stuff_area_limit))
     first = pasted & (same.tril(-1).sum(2) == 0) & (segment_area >= limit)
     number = first.long().cumsum(1) * first
-    id_of_rank = (same @ number.to(same.dtype)[..., None]).squeeze(2).long() * pasted
-
-    ranks = torch.arange(queries, device=order.device).expand_as(order)
-    rank = torch.full_like(order, queries).scatter(1, order, torch.where(pasted, ranks, queries))
-    rank, id_of_rank = F.pad(rank, (0, 1), value=queries), F.pad(id_of_rank, (0, 1))
-    winner = rank.gather(1, masks.flatten(1)).view_as(masks).amin(1)
-    ids = id_of_rank.gather(1, winner.flatten(1)).view_as(winner)
-
-    column = torch.where(first, number - 1, queries)
-    table = torch.zeros_like(F.pad(score, (0, 1)))
-    classes = table.scatter(1, column, ranked_class.to(table.dtype))[:, :-1]
-    return ids, classes, table.scatter(1, column, score)[:, :-1]
+    return pasted, first, (same @ number.to(same.dtype)[..., None]).squeeze(2).long() * pasted
 
 
 def _count(values: torch.Tensor, number: int) -> torch.Tensor:
