@@ -44,7 +44,7 @@ LONG_SIDE = 1280  # pixels; larger images are reduced, which bounds time and the
 MAX_VISITORS = 16  # whose last results are kept
 MAX_WAITING = 16  # images
 KEPT = 600  # seconds until uploads and results are deleted
-KINDS = {"Panoptic": "panoptic", "Instances": "instances", "Semantic": "semantic"}
+KINDS = ("panoptic", "instances", "semantic")
 
 
 class View(NamedTuple):
@@ -101,27 +101,20 @@ def segment(predict: Predictor, file: str) -> tuple[View, list[np.ndarray], str]
     """Segments an uploaded image: what the page keeps of it, the pictures of KINDS, and the JSON. Raises UserError."""
     result = predict(read_upload(file))
     size = predict.mapper.inputs(result.image)["image"].shape[-2:]
-    pictures = [result.draw(kind) for kind in KINDS.values()]
+    pictures = [result.draw(kind) for kind in KINDS]
     scale = pictures[0].shape[0] / result.image.shape[0]
     view = View(*result.panoptic, scale, cluster_panels(result.image, result.clusters, size))
     return view, pictures, to_json(result)
 
 
 class Models:
-    """The models to choose from: all with trained weights, and the one that the program was started with.
-
-    Attributes:
-        names: of all models.
-        default: the name of the first.
-    """
+    """The models to choose from by `names`: all with trained weights, and the first, whose name is the `default`."""
 
     def __init__(self, first: Predictor):
-        self.first = first
-        self.names = model_zoo.names_with_weights()
-        weights = first.cfg.MODEL.WEIGHTS
-        known = [name for name in self.names if model_zoo.get_checkpoint_url(name) == weights]
-        self.default = known[0] if known else Path(weights).name
-        self.names = sorted({self.default, *self.names})
+        self.first, weights = first, first.cfg.MODEL.WEIGHTS
+        known = {model_zoo.get_checkpoint_url(name): name for name in model_zoo.names_with_weights()}
+        self.default = known.get(weights, Path(weights).name)
+        self.names = sorted({self.default, *known.values()})
         self._load = functools.lru_cache(maxsize=1)(load)  # one besides the first, for the memory
 
     def __call__(self, name: str) -> Predictor:
@@ -144,13 +137,11 @@ def build_page(models: Models) -> Any:
             view, pictures, text = segment(models(name), file)
         except UserError as error:
             raise gr.Error(f"{str(error)[0].upper()}{str(error)[1:]}.", print_exception=False) from None
-        count = len(view.clusters)
-        return [view, *pictures, text, "", slide(view, 1), gr.Slider(1, count, value=1, interactive=True)]
+        step = gr.Slider(1, len(view.clusters), value=1, interactive=True)
+        return [view, *pictures, text, "", slide(view, 1), step]
 
     def slide(view: View | None, step: float) -> Any:
-        if view is None:
-            return None
-        title, picture = view.clusters[int(step) - 1]
+        title, picture = view.clusters[int(step) - 1] if view else ("clusters", None)
         return gr.Image(picture, label=title.capitalize())
 
     def click(view: View | None, event: gr.SelectData) -> str:
@@ -162,35 +153,25 @@ def build_page(models: Models) -> Any:
         with gr.Row():
             with gr.Column(scale=1):
                 name = gr.Dropdown(models.names, value=models.default, label="Model")
-                sources = ["upload", "webcam", "clipboard"]
-                image = gr.Image(type="filepath", sources=sources, label="Image", buttons=[], elem_id="input")
+                image = gr.Image(type="filepath", label="Image", buttons=[], elem_id="input")
                 image.preprocess = lambda payload: payload and payload.path  # gradio would fail on a broken image
                 chosen = gr.Textbox(label="Click a segment of a picture", interactive=False, elem_id="chosen")
             with gr.Column(scale=2):
                 pictures = []
                 for kind in KINDS:
-                    with gr.Tab(kind):
-                        buttons = ["download", "fullscreen"]
-                        pictures.append(gr.Image(format="png", interactive=False, show_label=False, buttons=buttons))
+                    with gr.Tab(kind.capitalize()):
+                        pictures.append(gr.Image(format="png", interactive=False, show_label=False))
                 step = gr.Slider(1, 7, 1, step=1, label="Decoder", interactive=False, elem_id="step", buttons=[])
                 clusters = gr.Image(format="jpeg", interactive=False, label="Clusters", elem_id="clusters", buttons=[])
         with gr.Accordion("Segments as JSON, with COCO's run-length encoded masks", open=False):
             text = gr.Code(language="json", elem_id="json", max_lines=20, buttons=["copy", "download"])
 
-        private = {"api_visibility": "private"}
+        options = {"api_visibility": "private", "concurrency_limit": 1}
         outputs = [view, *pictures, text, chosen, clusters, step]
-        gr.on([image.input, name.input], show, [name, image], outputs, concurrency_limit=1, **private)
-        step.change(
-            slide,
-            [view, step],
-            clusters,
-            trigger_mode="always_last",
-            show_progress="hidden",
-            concurrency_limit=1,
-            **private,
-        )
+        gr.on([image.input, name.input], show, [name, image], outputs, **options)
+        step.change(slide, [view, step], clusters, trigger_mode="always_last", show_progress="hidden", **options)
         for picture in pictures:
-            picture.select(click, view, chosen, **private)
+            picture.select(click, view, chosen, **options)
     return page.queue(max_size=MAX_WAITING)
 
 
@@ -203,16 +184,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         if importlib.util.find_spec("gradio") is None:
             raise UserError("gradio is not installed: pip install 'gradio>=6'")
         page = build_page(Models(load(args.config_file or "", options=args.opts)))
-        page.launch(
-            server_name=args.host,
-            server_port=args.port,
-            max_file_size=MAX_BYTES,
-            state_session_capacity=MAX_VISITORS,
-            footer_links=[],
-            share=False,
-            ssr_mode=False,
-            show_error=False,
-        )
+        limits = {"max_file_size": MAX_BYTES, "state_session_capacity": MAX_VISITORS}
+        try:
+            page.launch(
+                server_name=args.host, server_port=args.port, share=False, ssr_mode=False, footer_links=[], **limits
+            )
+        except (OSError, OverflowError):
+            raise UserError(
+                f"cannot listen at {args.host}, port {args.port}: choose another --host or --port"
+            ) from None
 
 
 if __name__ == "__main__":

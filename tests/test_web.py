@@ -29,7 +29,7 @@ def test_an_upload_becomes_pictures_and_json(web, models, tmp_path):
     view, pictures, text = web.segment(models("shapes/quickstart"), str(tmp_path / "image.png"))
     result = models("shapes/quickstart")(image)
     assert np.array_equal(view.ids, result.panoptic.ids) and view.segments == result.panoptic.segments
-    assert all(np.array_equal(p, result.draw(k)) for p, k in zip(pictures, web.KINDS.values(), strict=True))
+    assert all(np.array_equal(p, result.draw(k)) for p, k in zip(pictures, web.KINDS, strict=True))
     assert [title for title, _ in view.clusters] == [
         "decoder 1 (stride 32)",
         "decoder 2 (stride 16)",

@@ -3,6 +3,8 @@
 import io
 import json
 import re
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -175,3 +177,11 @@ def test_a_request_cannot_name_a_file(server):
         answers = [json.loads(line[6:]) for line in stream.read().decode().splitlines() if line.startswith("data:")]
     done = next(answer for answer in answers if answer["msg"] == "process_completed")
     assert not done["success"] and str(ROOT) not in json.dumps(answers)
+
+
+def test_a_port_that_is_in_use_is_one_line(server):
+    port = server[0].rpartition(":")[2]
+    command = [sys.executable, ROOT / "demo" / "web.py", "--config-file", "shapes/quickstart", "--port", port]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"error: cannot listen at 127.0.0.1, port {port}: choose another --host or --port" in done.stderr
