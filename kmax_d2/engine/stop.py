@@ -50,7 +50,7 @@ class StopOnSignal(HookBase):
         self._between_steps = True
 
     def after_train(self) -> None:
-        """Puts the earlier handlers back, unless a signal ended the run: it may come once more before the process ends."""
+        """Puts the earlier handlers back, unless a signal ended the run: it may come again before the process ends."""
         for number, handler in self._earlier.items() if not self._received else ():
             signal.signal(number, handler)
 
