@@ -11,10 +11,8 @@ from random_batches import PIXELS, SIZE, areas_of, pairs_of, plain_dice, plain_t
 from saved_tensors import kept_bytes
 
 from kmax_d2.modeling import losses
-from kmax_d2.modeling.criterion import Criterion, make_targets
-from kmax_d2.modeling.losses import PixelSimilarity
+from kmax_d2.modeling.criterion import make_targets
 from kmax_d2.modeling.matcher import VOID, Targets, match
-from kmax_d2.speed import checkpoint_blocks
 
 # --- sampling ---
 
@@ -80,7 +78,7 @@ def test_instance_discrimination_is_cross_entropy_of_explicit_targets(num_sample
     ours = (torch.randn(2, 6, *size) * 0.5).requires_grad_()
     theirs = ours.detach().double().requires_grad_()
     features = losses.sample_features(ours, pixels, SIZE)
-    value = losses.instance_discrimination_loss(features, pixels, targets, PixelSimilarity())
+    value = losses.instance_discrimination_loss(features, pixels, targets)
     resized = F.interpolate(theirs, SIZE, mode="bilinear", align_corners=True).flatten(2)
     expected = plain_instance_loss(resized, pixels, targets)
     torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
@@ -239,11 +237,12 @@ def test_matched_log_probability_is_a_log_softmax_of_resized_logits(size):
 
 
 def test_only_the_inputs_are_kept_for_the_backward_pass():
-    """Not the resized logits of all queries; with activation checkpointing, no similarities of all pairs either."""
-    similarity = checkpoint_blocks(Criterion()).pixel_similarity
-    features = torch.randn(1024, 256, requires_grad=True)
-    kept = kept_bytes(lambda: similarity(features))
-    assert kept <= features.numel() * features.element_size() < 0.5 * kept_bytes(lambda: PixelSimilarity()(features))
+    """Neither the similarities of all pairs of samples nor the resized logits of all queries."""
+    targets = random_targets(pixels=1000)
+    pixels = losses.sample_pixels(targets, 1000, 1.5)
+    features = torch.randn(2, 1000, 6, requires_grad=True)
+    kept = kept_bytes(lambda: losses.instance_discrimination_loss(features, pixels, targets))
+    assert kept < 0.1 * features.element_size() * 2 * 1000 * 1000
 
     prediction, targets = random_prediction(), random_targets()
     matching = match(prediction.class_logits, prediction.mask_logits.flatten(2), targets)

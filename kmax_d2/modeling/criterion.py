@@ -54,7 +54,6 @@ class Criterion(nn.Module):
         self.semantic_hard_share = semantic_hard_share
         self.small_instance_area = small_instance_area
         self.small_instance_weight = small_instance_weight
-        self.pixel_similarity = losses.PixelSimilarity()
         self.register_buffer("is_thing", torch.as_tensor(is_thing, dtype=torch.bool), persistent=False)
 
     @classmethod
@@ -108,7 +107,7 @@ class Criterion(nn.Module):
             "loss_pq_class": losses.pq_class_loss(class_logits, targets, matching, floor),
             "loss_pq_mask": losses.pq_mask_loss(log_probability, class_logits.shape[1], targets, matching, floor),
             "loss_mask_id": losses.mask_id_loss(log_probability, targets, matching),
-            "loss_instance": losses.instance_discrimination_loss(features, pixels, targets, self.pixel_similarity),
+            "loss_instance": losses.instance_discrimination_loss(features, pixels, targets),
         }
         means = {name: self.weights[name] * term.view(count, -1).mean(1) for name, term in terms.items()}
         weighted = {name: values[0] for name, values in means.items()}

@@ -5,11 +5,10 @@ Each loss is one value per image, (B,), before weighting.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .layers import flatten_pixels, resize
@@ -127,29 +126,24 @@ def sample_features(feature_map: torch.Tensor, pixels: torch.Tensor, size: Seque
     return F.grid_sample(feature_map, grid, align_corners=True, padding_mode="border")[:, :, 0].transpose(1, 2)
 
 
-class PixelSimilarity(nn.Module):
-    """A module, so that activation checkpointing can reach it: its matrix (k, k) is the largest tensor of training."""
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Features (k, C) of an image to the logarithm of each one's share in its row of exp(f_i·f_j/T), (k,)."""
-        return (features / TEMPERATURE @ features.T).log_softmax(1).diagonal()
-
-
-def instance_discrimination_loss(
-    features: torch.Tensor, pixels: torch.Tensor, targets: Targets, similarity: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
+def instance_discrimination_loss(features: torch.Tensor, pixels: torch.Tensor, targets: Targets) -> torch.Tensor:
     """Pixel-wise instance discrimination: pulls the features of a mask together and those of different masks apart.
 
     The cross-entropy of row i against equal targets on the pixels of i's mask is log Σ_j exp(f_i·f_j/T) - f_i·c/T,
     c being the mean feature of that mask. A void pixel has no row, but is a column.
 
-    The k sampled pixels (B, k) have the features (B, k, C); `similarity` is a :class:`PixelSimilarity`.
+    The k sampled pixels (B, k) have the features (B, k, C).
     """
     segment_ids = targets.segment_ids.gather(1, pixels)
     counts = _sums_by_segment(torch.ones_like(features[..., :1]), segment_ids, targets)
     centroids = _sums_by_segment(features, segment_ids, targets) / counts
-    own = torch.stack([similarity(image) for image in features])
-    losses = (features * (features - centroids)).sum(2) / TEMPERATURE - own
+
+    def log_partition(features: torch.Tensor) -> torch.Tensor:
+        return (features / TEMPERATURE @ features.T).logsumexp(1)
+
+    # One image at a time, so that a single (k, k) matrix is alive, and none is kept for the backward pass.
+    partitions = torch.stack([checkpoint(log_partition, image, use_reentrant=False) for image in features])
+    losses = partitions - (features * centroids).sum(2) / TEMPERATURE
     return _mean_of_nonzero(losses * (segment_ids != VOID))
 
 

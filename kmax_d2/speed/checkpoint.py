@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from ..modeling.losses import PixelSimilarity
 from ..modeling.predictor import Predictor
 
 SMALLEST = 2**18  # elements of the input; what follows from fewer is cheap to keep
@@ -21,9 +20,9 @@ SMALLEST = 2**18  # elements of the input; what follows from fewer is cheap to k
 def checkpoint_blocks(model: nn.Module) -> nn.Module:
     """Makes every large block of a model keep nothing but its input for the backward pass, in place.
 
-    These are the residual blocks of encoder and pixel decoder, the kMaX decoders, the final predictor, the semantic
-    head, and the similarity of pixels in the loss. Gradients, running statistics and dropped paths stay what they are
-    without checkpointing. Parts that `torch.compile` runs are left to the compiler.
+    These are the residual blocks of encoder and pixel decoder, the kMaX decoders, the final predictor and the semantic
+    head. Gradients, running statistics and dropped paths stay what they are without checkpointing. Parts that
+    `torch.compile` runs are left to the compiler.
     """
     for module in _blocks(model):
         module.forward = functools.partial(_forward, module, module.forward)
@@ -34,7 +33,7 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
     """The outermost blocks: as timm names it, a residual block is a module with a `drop_path`."""
     for name, child in module.named_children():
         is_residual = isinstance(getattr(child, "drop_path", getattr(child, "drop_path1", None)), nn.Module)
-        if is_residual or isinstance(child, (Predictor, PixelSimilarity)) or name == "semantic_head":
+        if is_residual or isinstance(child, Predictor) or name == "semantic_head":
             yield child
         else:
             yield from _blocks(child)
