@@ -33,6 +33,7 @@ class NetworkGraph(nn.Module):
         self.register_buffer("std", model.pixel_std.clone())
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, H, W, 3) to class logits and mask logits."""
         height, width = images.shape[1:3]
         scaled = (images.permute(0, 3, 1, 2).float() - self.mean) / self.std
         batch = F.pad(scaled, (0, padded_side(width) - width, 0, padded_side(height) - height))
@@ -59,6 +60,7 @@ class PanopticGraph(nn.Module):
         self.register_buffer("is_thing", model.merging.is_thing.clone())
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, H, W, 3) to segment ids and the table of segments."""
         height, width = images.shape[1:3]
         class_logits, mask_logits = self.network(images)
         size = padded_side(height), padded_side(width)
