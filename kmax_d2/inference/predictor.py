@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from torch import nn
@@ -20,6 +21,7 @@ from ..errors import UserError
 from ..images import images_in
 from ..modeling.postprocess import Results
 from ..speed import use_precision
+from ..visualization import assignments
 from .result import Result
 from .sources import Source, read_source
 from .tiles import segment_tiles
@@ -142,12 +144,7 @@ class Predictor:
             finally:
                 self.model.train(training)
 
-    @torch.no_grad()
-    def assignments(self, image: torch.Tensor) -> list[torch.Tensor]:
-        """Returns the nearest cluster center of each position, for each decoder in turn and then the final predictor.
-
-        Takes an image (3, H, W), RGB, 0 to 255, and returns maps (h, w) of cluster indices, each at its own stride.
-        """
+    def assignments(self, image: torch.Tensor) -> list[np.ndarray]:
+        """Returns :func:`~kmax_d2.visualization.assignments` of an image (3, H, W) in the config's precision."""
         with _LOCK, use_precision(self.cfg.MODEL.KMAX.TEST.PRECISION, self.cfg.MODEL.DEVICE):
-            result: Any = self.model.predict(image[None], auxiliary=True)  # type: ignore[operator]
-        return [prediction["mask_logits"][0].argmax(0) for prediction in (*result["auxiliary"], result)]
+            return assignments(self.model, image)

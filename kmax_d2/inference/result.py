@@ -91,7 +91,7 @@ class Result:
 
         The network runs once more for it, so that a result does not hold the maps of all decoders.
         """
-        return [each.cpu().numpy() for each in self._predictor.assignments(self._inputs)]
+        return self._predictor.assignments(self._inputs)
 
     def draw(self, kind: str = "panoptic") -> np.ndarray:
         """Draws the result over the image: (f H, f W, 3), uint8, RGB; f is 1 except for small images.
