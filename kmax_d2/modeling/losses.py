@@ -6,6 +6,7 @@ Each loss is one value per image, (B,), before weighting.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations_with_replacement
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ MATCHED_WEIGHT = 0.75
 UNMATCHED_WEIGHT = 0.25
 DICE_SMOOTH = 1.0
 TEMPERATURE = 0.3
+SIMILARITY_BLOCK = 512
 
 
 def _mean_of_nonzero(losses: torch.Tensor) -> torch.Tensor:
@@ -126,24 +128,40 @@ def sample_features(feature_map: torch.Tensor, pixels: torch.Tensor, size: Seque
     return F.grid_sample(feature_map, grid, align_corners=True, padding_mode="border")[:, :, 0].transpose(1, 2)
 
 
+def _exp_similarity_sums(rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of exp(f_i·f_j/T) over j, (B, r), and over i, (B, c), of features (B, r, C) and (B, c, C)."""
+    # Features are at most of unit length, so that no maximum has to be subtracted.
+    similarity = (rows / TEMPERATURE @ columns.mT).exp()
+    return similarity.sum(2), similarity.sum(1)
+
+
+def _log_partition(features: torch.Tensor) -> torch.Tensor:
+    """log Σ_j exp(f_i·f_j/T) of features (B, k, C) of at most unit length, (B, k).
+
+    Similarity is symmetric: blocks on and above the diagonal serve rows and columns. None is kept for the backward pass.
+    """
+    blocks = features.split(SIMILARITY_BLOCK, dim=1)
+    partitions = [features.new_zeros(block.shape[:2]) for block in blocks]
+    for i, j in combinations_with_replacement(range(len(blocks)), 2):
+        by_row, by_column = checkpoint(_exp_similarity_sums, blocks[i], blocks[j], use_reentrant=False)
+        partitions[i] = partitions[i] + by_row
+        if i != j:
+            partitions[j] = partitions[j] + by_column
+    return torch.cat(partitions, dim=1).log()
+
+
 def instance_discrimination_loss(features: torch.Tensor, pixels: torch.Tensor, targets: Targets) -> torch.Tensor:
     """Pixel-wise instance discrimination: pulls the features of a mask together and those of different masks apart.
 
     The cross-entropy of row i against equal targets on the pixels of i's mask is log Σ_j exp(f_i·f_j/T) - f_i·c/T,
     c being the mean feature of that mask. A void pixel has no row, but is a column.
 
-    The k sampled pixels (B, k) have the features (B, k, C).
+    The k sampled pixels (B, k) have the features (B, k, C), of at most unit length.
     """
     segment_ids = targets.segment_ids.gather(1, pixels)
     counts = _sums_by_segment(torch.ones_like(features[..., :1]), segment_ids, targets)
     centroids = _sums_by_segment(features, segment_ids, targets) / counts
-
-    def log_partition(features: torch.Tensor) -> torch.Tensor:
-        return (features / TEMPERATURE @ features.T).logsumexp(1)
-
-    # One image at a time, so that a single (k, k) matrix is alive, and none is kept for the backward pass.
-    partitions = torch.stack([checkpoint(log_partition, image, use_reentrant=False) for image in features])
-    losses = partitions - (features * centroids).sum(2) / TEMPERATURE
+    losses = _log_partition(features) - (features * centroids).sum(2) / TEMPERATURE
     return _mean_of_nonzero(losses * (segment_ids != VOID))
 
 
