@@ -138,7 +138,8 @@ def _exp_similarity_sums(rows: torch.Tensor, columns: torch.Tensor) -> tuple[tor
 def _log_partition(features: torch.Tensor) -> torch.Tensor:
     """log Σ_j exp(f_i·f_j/T) of features (B, k, C) of at most unit length, (B, k).
 
-    Similarity is symmetric: blocks on and above the diagonal serve rows and columns. None is kept for the backward pass.
+    Similarity is symmetric, so blocks on and above the diagonal serve rows and columns.
+    The backward pass computes them again.
     """
     blocks = features.split(SIMILARITY_BLOCK, dim=1)
     partitions = [features.new_zeros(block.shape[:2]) for block in blocks]

@@ -12,13 +12,15 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from ..modeling.axial_attention import AxialBlock
 from ..modeling.predictor import Predictor
 
-SMALLEST = 2**18  # elements of the input; what follows from fewer is cheap to keep
+# Pixels of a map. On smaller ones, blocks cost much to compute again and little to keep, but for axial attention.
+SMALLEST = 2**12
 
 
 def checkpoint_blocks(model: nn.Module) -> nn.Module:
-    """Makes every large block of a model keep nothing but its input for the backward pass, in place.
+    """Makes every block of a model on a large map keep nothing but its input for the backward pass, in place.
 
     These are the residual blocks of encoder and pixel decoder, the kMaX decoders, the final predictor and the semantic
     head. Gradients, running statistics and dropped paths stay what they are without checkpointing. Parts that
@@ -41,7 +43,9 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 def _forward(module: nn.Module, forward: Callable, *inputs: object, **options: Any) -> object:
     trains = module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if not trains or sum(x.numel() for x in tree_leaves(inputs) if isinstance(x, torch.Tensor)) < SMALLEST:
+    maps = [x for x in tree_leaves(inputs) if isinstance(x, torch.Tensor) and x.dim() == 4]
+    pixels = max((x.shape[2] * x.shape[3] for x in maps), default=SMALLEST)
+    if not trains or (pixels < SMALLEST and not isinstance(module, AxialBlock)):
         return forward(*inputs, **options)
     contexts = contextlib.nullcontext(), _statistics_frozen(module)
     return checkpoint(forward, *inputs, use_reentrant=False, context_fn=lambda: contexts, **options)
