@@ -19,7 +19,6 @@ if __name__ == "__main__":
     PARSER.parse()  # answers --help and mistakes before the slow imports
 
 import functools
-import importlib.util
 import json
 import os
 import signal
@@ -32,7 +31,7 @@ import numpy as np
 import torch
 
 from kmax_d2 import model_zoo
-from kmax_d2.errors import UserError
+from kmax_d2.errors import UserError, optional_package
 from kmax_d2.evaluation.rle import encode_masks
 from kmax_d2.images import read_rgb, read_size
 from kmax_d2.inference import Predictor, Result, Segment, load
@@ -181,8 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="kmax_d2-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # where gradio keeps uploads and results
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        if importlib.util.find_spec("gradio") is None:
-            raise UserError("gradio is not installed: pip install 'gradio>=6'")
+        optional_package("gradio", "web")  # fails before the model is loaded
         page = build_page(Models(load(args.config_file or "", options=args.opts)))
         limits = {"max_file_size": MAX_BYTES, "state_session_capacity": MAX_VISITORS}
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import difflib
+import importlib
 import logging
 import os
 import re
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Iterable
 from concurrent.futures import BrokenExecutor
 from types import TracebackType
+from typing import Any
 
 
 class UserError(RuntimeError):
@@ -21,6 +23,15 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns ``" - did you mean X?"`` for the closest known name, or an empty string if none is close."""
     closest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" - did you mean {closest[0]}?" if closest else ""
+
+
+def optional_package(name: str, extra: str = "") -> Any:
+    """Imports a package, of one of this project's extras if any. Raises UserError if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        package = f"'kmax_d2[{extra}]'" if extra else name
+        raise UserError(f"{name} is not installed: pip install {package}") from None
 
 
 def report_errors() -> None:

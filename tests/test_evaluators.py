@@ -267,7 +267,7 @@ def test_an_image_without_segments(root, tmp_path):
 
 def test_cityscapes_without_cityscapesscripts(root, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "cityscapesscripts", None)
-    with pytest.raises(UserError, match=r"evaluating Cityscapes needs cityscapesscripts: run `pip install"):
+    with pytest.raises(UserError, match=r"cityscapesscripts is not installed: pip install 'kmax_d2\[cityscapes\]'$"):
         build_evaluator(load_config(""), CITYSCAPES_VAL, str(tmp_path))
     only_panoptic = ["MODEL.KMAX.TEST.INSTANCE_ON", False, "MODEL.KMAX.TEST.SEMANTIC_ON", False]
     build_evaluator(load_config("", only_panoptic), CITYSCAPES_VAL, str(tmp_path))

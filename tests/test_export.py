@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import openvino
 import pytest
@@ -193,7 +194,7 @@ def test_every_config(config, tmp_path):
         with torch.no_grad(), export.quiet():
             proto = export.to_onnx(graph, images, False, names)
             expected = [each.numpy() for each in graph(images)]
-        export.imported("onnx").save(proto, tmp_path / "model.onnx")
+        onnx.save(proto, tmp_path / "model.onnx")
         for run in (run_onnx, run_openvino):
             found = run(str(tmp_path / "model.onnx"), images.numpy())
             if graph_of is NetworkGraph:

@@ -1,6 +1,7 @@
 """What the web page shows and says; tests/web has the page itself in a browser."""
 
 import json
+import sys
 
 import numpy as np
 import programs
@@ -92,5 +93,5 @@ def test_models(web, models, tmp_path, monkeypatch, capsys):
 
 
 def test_without_gradio_it_is_one_line(web, monkeypatch):
-    monkeypatch.setattr(web.importlib.util, "find_spec", lambda name: None)
-    assert programs.one_line(web.main, ["--port", "0"]) == "error: gradio is not installed: pip install 'gradio>=6'"
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert programs.one_line(web.main, ["--port", "0"]) == "error: gradio is not installed: pip install 'kmax_d2[web]'"

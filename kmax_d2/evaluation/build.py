@@ -7,9 +7,9 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
-from ..errors import UserError
+from ..errors import UserError, optional_package
 from ..files import own_folder
-from .cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator, require_cityscapesscripts
+from .cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator
 from .instance import instance_evaluator
 from .panoptic import PanopticEvaluator
 from .result_files import FiledEvaluators
@@ -33,7 +33,7 @@ def require_evaluation(cfg: CfgNode, dataset_name: str) -> None:
     elif metadata.get("panoptic_json") is None:
         raise UserError(f"{dataset_name} has no ground truth: --save-predictions DIR writes what its server takes")
     if kind == "cityscapes_panoptic_seg" and (test.INSTANCE_ON or test.SEMANTIC_ON):
-        require_cityscapesscripts()
+        optional_package("cityscapesscripts", "cityscapes")
 
 
 def evaluated_dataset(cfg: CfgNode) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
 import io
 import itertools
 from argparse import Namespace
@@ -42,14 +41,6 @@ def _errors_of_script() -> Iterator[None]:
         if "in1d" not in str(error):
             raise
         raise UserError("this cityscapesscripts needs an older NumPy: run `pip install 'numpy<2.4'`") from error
-
-
-def require_cityscapesscripts() -> None:
-    """Raises UserError if cityscapesscripts is not installed."""
-    if importlib.util.find_spec("cityscapesscripts") is None:
-        raise UserError(
-            "evaluating Cityscapes needs cityscapesscripts: run `pip install cityscapesscripts 'numpy<2.4'`"
-        )
 
 
 class CityscapesEvaluator(DatasetEvaluator):

@@ -12,7 +12,7 @@ from detectron2.structures import Instances
 
 from ..data import panoptic_png
 from ..data.datasets.coco_panoptic import categories_of
-from ..errors import UserError, did_you_mean
+from ..errors import UserError, did_you_mean, optional_package
 from ..files import require_own, write_png
 from ..modeling.postprocess import Results
 from ..visualization import cluster_panels, draw_instances, draw_panoptic, draw_semantic, page
@@ -138,10 +138,7 @@ class Result:
 
     def to_supervision(self) -> Any:
         """Returns the segments as `supervision.Detections`. Raises UserError if that package is not installed."""
-        try:
-            import supervision
-        except ImportError:
-            raise UserError("supervision is not installed: pip install supervision") from None
+        supervision = optional_package("supervision", "supervision")
         segments = self.panoptic.segments
         return supervision.Detections(
             xyxy=np.array([s.box for s in segments], dtype=np.float32).reshape(-1, 4),

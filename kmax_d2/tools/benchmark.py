@@ -100,10 +100,15 @@ def in_context(run: Callable[[], object], args: argparse.Namespace, precision: s
     return use_precision(precision or args.precision, args.device)(run)
 
 
+def resnet50_body() -> nn.Module:
+    """Returns the baseline: torchvision's ResNet-50 without pooling and head."""
+    return nn.Sequential(*list(torchvision.models.resnet50().children())[:-2])
+
+
 def build_baseline(args: argparse.Namespace, stages: bool) -> Task:
     """Returns a run of the ResNet-50 body."""
     training = args.mode == "training"
-    body = nn.Sequential(*list(torchvision.models.resnet50().children())[:-2]).to(args.device).train(training)
+    body = resnet50_body().to(args.device).train(training)
     x = torch.randn(args.batch_size, 3, *args.size, device=args.device)
     run = (lambda: torch.autograd.grad(body(x).mean(), list(body.parameters()))) if training else (lambda: body(x))
     return {"total": in_context(run, args, "float32")}

@@ -34,25 +34,19 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from tabulate import tabulate
 
 from ..engine import ready_config
+from ..errors import optional_package
 from ..export import PanopticGraph
 from ..speed import compile_model, inference_model, use_precision
-from .export import OUTPUTS, imported, quiet, to_onnx
+from .benchmark import BASELINE, resnet50_body
+from .export import OUTPUTS, quiet, to_onnx
 from .made_up import MadeUpMerging
 
-BASELINE = "ResNet-50 body"
 Run = Callable[[np.ndarray], object]  # takes an image (H, W, 3), uint8
-
-
-def baseline() -> Run:
-    """Returns the forward pass of a ResNet-50 body."""
-    body = torch.nn.Sequential(*list(torchvision.models.resnet50().eval().children())[:-2])
-    return lambda image: body(torch.from_numpy(image).permute(2, 0, 1)[None].float())
 
 
 def in_pytorch(cfg: CfgNode, precision: str, compiled: bool) -> Run:
@@ -73,7 +67,7 @@ def in_pytorch(cfg: CfgNode, precision: str, compiled: bool) -> Run:
 
 def in_runtimes(cfg: CfgNode, threads: int, folder: Path) -> Iterator[tuple[str, Run]]:
     """Yields the exported model in ONNX Runtime, and in OpenVINO in float32 and in bfloat16."""
-    onnx, onnxruntime, openvino = (imported(name) for name in ("onnx", "onnxruntime", "openvino"))
+    onnx, onnxruntime, openvino = (optional_package(name, "export") for name in ("onnx", "onnxruntime", "openvino"))
     file = str(folder / "model.onnx")
     cfg = cfg.clone()
     cfg.defrost()
@@ -97,7 +91,7 @@ def _run_openvino(compiled: Any, image: np.ndarray) -> object:
 
 def of_others() -> Iterator[tuple[str, Run]]:
     """Yields Hugging Face's models for panoptic segmentation, as their processors run them."""
-    transformers = imported("transformers")
+    transformers = optional_package("transformers")
     resnet = transformers.ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
     mask2former = transformers.Mask2FormerConfig(backbone_config=resnet, num_labels=133)
     for name, kind, config in (
@@ -143,7 +137,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     off = ("MODEL.DEVICE", "cpu", "MODEL.KMAX.TEST.PAD_TO_CROP", False, "MODEL.WEIGHTS", "")
     cfg = ready_config(args.config_file, args.opts, off)
     with tempfile.TemporaryDirectory() as folder:
-        runs = {BASELINE: baseline()}
+        body = resnet50_body().eval()
+        runs: dict[str, Run] = {BASELINE: lambda image: body(torch.from_numpy(image).permute(2, 0, 1)[None].float())}
         for precision in ("float32", "bfloat16"):
             runs[f"PyTorch, {precision}"] = in_pytorch(cfg, precision, False)
             if args.compile:

@@ -30,7 +30,6 @@ if __name__ == "__main__":
     PARSER.parse()  # answers --help and mistakes before the slow imports
 
 import contextlib
-import importlib
 import logging
 import warnings
 from collections.abc import Iterator
@@ -42,7 +41,7 @@ import torch
 from torch import nn
 
 from ..engine import load_model
-from ..errors import UserError
+from ..errors import UserError, optional_package
 from ..export import NetworkGraph, PanopticGraph
 from ..files import whole_file
 from ..images import images_in, read_rgb
@@ -51,14 +50,6 @@ from ..speed import fold_batch_norms
 
 OUTPUTS = {"panoptic": ["ids", "segments"], "network": ["class_logits", "mask_logits"]}
 MOST_SAMPLES = 128  # images that int8 measures activations on
-
-
-def imported(name: str) -> Any:
-    """Imports an optional package. Raises UserError with the command that installs it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(f"{name} is not installed: pip install 'kmax_d2[export]'") from None
 
 
 @contextlib.contextmanager
@@ -75,7 +66,7 @@ def quiet() -> Iterator[None]:
 
 def to_onnx(graph: nn.Module, example: torch.Tensor, dynamic: bool, outputs: Sequence[str]) -> Any:
     """Returns an `onnx.ModelProto`."""
-    imported("onnxscript")
+    optional_package("onnxscript", "export")
     exported: Any = torch.onnx.export(
         to_torch(graph, example, dynamic),
         input_names=["images"],
@@ -107,20 +98,20 @@ def write(graph: nn.Module, args: Any, example: torch.Tensor, file: Path) -> Non
     if args.format == "torchscript":
         torch.jit.save(torch.jit.trace(graph, example, check_trace=False), file)
         return
-    model, onnx = to_onnx(graph, example, args.dynamic, OUTPUTS[args.what]), imported("onnx")
+    model, onnx = to_onnx(graph, example, args.dynamic, OUTPUTS[args.what]), optional_package("onnx", "export")
     if args.format == "openvino":
         onnx.save(model, file.with_suffix(".onnx"))
-        model = imported("openvino").convert_model(file.with_suffix(".onnx"))
+        model = optional_package("openvino", "export").convert_model(file.with_suffix(".onnx"))
         file.with_suffix(".onnx").unlink()
     if args.precision == "int8":
-        nncf = imported("nncf")
+        nncf = optional_package("nncf", "export")
         name = "images" if args.format == "onnx" else 0
         dataset = nncf.Dataset(samples(args.images, args.size), lambda image: {name: image})
         model = nncf.quantize(model, dataset, subset_size=MOST_SAMPLES)
     if args.format == "onnx":
         onnx.save(model, file)
     else:
-        imported("openvino").save_model(model, file, compress_to_fp16=args.precision == "float16")
+        optional_package("openvino", "export").save_model(model, file, compress_to_fp16=args.precision == "float16")
 
 
 def check(args: Any) -> None:
