@@ -4,8 +4,6 @@
 Without --config-file, it uses coco/r50 with its published weights, or the included model if they are unavailable.
 """
 
-from __future__ import annotations
-
 import argparse
 import signal
 import sys

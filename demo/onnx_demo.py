@@ -4,8 +4,6 @@
 python demo/onnx_demo.py MODEL.onnx IMAGE OUTPUT.png [--size HEIGHT WIDTH]
 """
 
-from __future__ import annotations
-
 import argparse
 import colorsys
 import sys

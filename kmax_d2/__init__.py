@@ -4,8 +4,6 @@ Importing this package registers its models and datasets with Detectron2. Only t
 until they have parsed their command line, so that ``--help`` does not wait seconds for PyTorch.
 """
 
-from __future__ import annotations
-
 import sys
 
 __version__ = "0.2.0"

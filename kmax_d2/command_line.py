@@ -3,8 +3,6 @@
 Programs parse first and import PyTorch afterwards, so this module imports nothing that takes long.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Sequence
 

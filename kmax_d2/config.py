@@ -1,7 +1,5 @@
 """Every option of the project, with its default and its meaning. The defaults are those of ResNet-50 on COCO."""
 
-from __future__ import annotations
-
 from detectron2.config import CfgNode
 
 

@@ -1,7 +1,5 @@
 """Errors that the user can fix. Each is one line that says what is wrong and what to do about it."""
 
-from __future__ import annotations
-
 import builtins
 import difflib
 import importlib

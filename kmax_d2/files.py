@@ -1,7 +1,5 @@
 """Writes files that are complete or absent and never over those of the user, and locks the folder of a run."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Hugging Face's library where its server cannot be reached."""
 
-from __future__ import annotations
-
 import contextlib
 import urllib.error
 import urllib.request

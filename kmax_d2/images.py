@@ -1,7 +1,5 @@
 """Finds and reads image files."""
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import logging

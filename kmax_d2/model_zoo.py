@@ -1,7 +1,5 @@
 """The models and their trained weights by config name; used like detectron2.model_zoo."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from detectron2.config import CfgNode

@@ -1,7 +1,5 @@
 """What each option may be: its range or choices, beside the type of its default."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Reads configs and checks them: each option exists, is read by something, and has a value that fits."""
 
-from __future__ import annotations
-
 import json
 from ast import literal_eval
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Pictures: panoptic overlays, and the cluster that each pixel is assigned to (as in Figure 4 of the paper)."""
 
-from __future__ import annotations
-
 import colorsys
 import functools
 from collections import Counter

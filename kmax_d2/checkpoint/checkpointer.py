@@ -1,7 +1,5 @@
 """Detectron2's checkpointer, extended to read every published format and to reject another model's weights."""
 
-from __future__ import annotations
-
 import logging
 import re
 import zipfile

@@ -1,7 +1,5 @@
 """Fine-tuning with other classes: the rows of class heads go to the classes of the same names."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Maps the official TensorFlow variables (DeepLab2) to our names and layouts by rule."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

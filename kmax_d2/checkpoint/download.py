@@ -1,7 +1,5 @@
 """Downloads published files once, into the cache of Detectron2's PathManager."""
 
-from __future__ import annotations
-
 import http.client
 import os
 import socket

@@ -1,7 +1,5 @@
 """Reads weights of every published format, recognized by what the file holds and not by its name."""
 
-from __future__ import annotations
-
 import lzma
 import os
 import pickle

@@ -16,8 +16,6 @@ with theirs.
 **The batch norms' epsilon**, theirs ε = 1e-5, ours ε' = 1e-3: the gain becomes gain · sqrt((var + ε') / (var + ε)).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a checkpoint tells of its model, config and classes, so that the file alone is enough to use it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import yaml

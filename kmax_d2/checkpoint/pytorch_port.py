@@ -1,7 +1,5 @@
 """Maps the public PyTorch re-implementation's state dicts to our names and layouts by rule."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Renaming by ordered lists of regular expressions, which all converters of foreign weights share."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable
 

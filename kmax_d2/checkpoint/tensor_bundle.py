@@ -5,8 +5,6 @@ in `PREFIX.data-00000-of-00001` and so on. The formats are public: LevelDB's doc
 tensor_bundle.proto, tensor_shape.proto, and types.proto.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """What is wrong with a model: numbers from the paired segments of each image, all with contiguous classes."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Sequence
 

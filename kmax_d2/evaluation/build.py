@@ -1,7 +1,5 @@
 """Builds the evaluators of a dataset by its `evaluator_type`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from detectron2.config import CfgNode

@@ -3,8 +3,6 @@
 cityscapesscripts is imported only to evaluate Cityscapes. Its functions are called as its own scripts call them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import io

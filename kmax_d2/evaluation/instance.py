@@ -1,7 +1,5 @@
 """Evaluates instance AP by COCO's protocol, on instance annotations or on the things of panoptic ones."""
 
-from __future__ import annotations
-
 import logging
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Folders and archives of predictions, as the benchmarks' servers take them."""
 
-from __future__ import annotations
-
 import shutil
 import zipfile
 from pathlib import Path

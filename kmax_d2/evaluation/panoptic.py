@@ -1,7 +1,5 @@
 """Evaluates panoptic quality image by image, while the model goes on."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import logging

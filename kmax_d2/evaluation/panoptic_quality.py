@@ -1,7 +1,5 @@
 """Panoptic quality (Kirillov et al., CVPR 2019, section 4), with panopticapi's rules for void and crowds."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Evaluation in other processes, while the model goes on."""
 
-from __future__ import annotations
-
 import multiprocessing.util
 from collections import deque
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The HTML page of a report, with everything in it: no scripts, no other files."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Collection, Iterable, Sequence
 from html import escape

@@ -1,7 +1,5 @@
 """The results of an evaluation as files and as a table of all classes."""
 
-from __future__ import annotations
-
 import csv
 import logging
 import math

@@ -1,7 +1,5 @@
 """Encodes masks in COCO's run-length encoding, on the device where they are."""
 
-from __future__ import annotations
-
 import numpy as np
 import pycocotools.mask as mask_util
 import torch

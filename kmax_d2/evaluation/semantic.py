@@ -1,7 +1,5 @@
 """Evaluates semantic mIoU on the classes of a panoptic dataset's segments, crowds included, or on semantic PNGs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path

@@ -10,8 +10,6 @@ The default size is the paper's: 800x1200 on COCO, elsewhere the crop, which is 
 image is padded to sides of 32k + 1 first: `--size 801 1217` shows what the network computes for one of 800x1200.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 

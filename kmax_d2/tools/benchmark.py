@@ -12,8 +12,6 @@ Seconds are medians with their interquartile range. Peak memory is that of a fre
 PyTorch allocates on a GPU. Weights and images are random; merging gets a made-up prediction like a trained model's.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Callable, Sequence

@@ -7,8 +7,6 @@ It also warns of what does not suit the model of the config, or the training. Th
 are sound.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

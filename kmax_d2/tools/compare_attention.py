@@ -7,8 +7,6 @@ The result is a plot of PQ over iterations (mean and range over the seeds), a ta
 run it again: it continues with the trainings that are not finished.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

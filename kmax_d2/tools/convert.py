@@ -3,8 +3,6 @@
 python -m kmax_d2.tools.convert IN OUT --config-file NAME [--half] [NAME VALUE ...]
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Made-up annotations and predictions, for timing and tests of models with random weights."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 

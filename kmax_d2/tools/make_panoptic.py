@@ -7,8 +7,6 @@ Pascal VOC folder, or a folder of PNGs of classes or of class · 1000 + instance
 is on top. A pixel without label is void. A later run goes on where an earlier one has stopped.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from ..command_line import ConfigParser, run_program

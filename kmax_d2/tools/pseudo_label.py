@@ -8,8 +8,6 @@ the config's dataset, and weights are the published ones unless given. If interr
 continues where it stopped.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 python -m kmax_d2.tools.quickstart [--output DIR] [NAME VALUE ...]
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

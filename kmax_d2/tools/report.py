@@ -6,8 +6,6 @@ DIR/report.html has everything in it and opens in any browser. The dataset is th
 --compare, a second model stands beside the first, with the difference by class and a 95% interval of it.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

@@ -7,8 +7,6 @@ hundreds of settings are tried in minutes, one option after the other, until no 
 options to add to the config. Quality on the images that they were tuned on is a little higher than on others.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from ..command_line import ConfigParser, run_program
