@@ -45,10 +45,15 @@ def whole_file(file: Path) -> Iterator[Path]:
             unfinished.unlink()
 
 
+def write_text(file: Path, text: str) -> None:
+    """Writes a text file in UTF-8 by :func:`whole_file`."""
+    with whole_file(file) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
 def write_json(file: Path, content: object, indent: int | None = None) -> None:
     """Writes `content` as a JSON file by :func:`whole_file`."""
-    with whole_file(file) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=indent))
+    write_text(file, json.dumps(content, indent=indent))
 
 
 def make_folder(folder: Path) -> Path:
@@ -103,8 +108,7 @@ def own_folder(folder: Path) -> Path:
     claim = make_folder(folder) / ".kmax_d2"
     if any(folder.iterdir()) and not claim.exists():
         raise UserError(f"{folder} is not empty and was not made by kmax_d2: choose another folder")
-    with whole_file(claim) as unfinished:
-        unfinished.write_text(MARK)
+    write_text(claim, MARK)
     return folder
 
 

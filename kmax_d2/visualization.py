@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import torch
 from detectron2.data import Metadata
+from detectron2.evaluation import inference_context
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import VisImage, Visualizer
 from PIL import Image, ImageDraw, ImageFont
@@ -25,7 +26,7 @@ class _SteadyVisualizer(Visualizer):
     """Detectron2's visualizer with readable labels, and with the same shades of instances in every run."""
 
     def __init__(self, image: np.ndarray, metadata: Metadata):
-        super().__init__(image, metadata)
+        super().__init__(enlarged(image), metadata)
         self._seen: Counter = Counter()
 
     def _jitter(self, color: Sequence[float]) -> tuple[float, float, float]:
@@ -66,10 +67,6 @@ def enlarged(image: np.ndarray) -> np.ndarray:
     return _enlarge(image, cv2.INTER_CUBIC)
 
 
-def _visualizer(image: np.ndarray, metadata: Metadata) -> _SteadyVisualizer:
-    return _SteadyVisualizer(enlarged(image), metadata)
-
-
 def draw_panoptic(
     image: np.ndarray, segment_ids: torch.Tensor | np.ndarray, segments: list[dict], metadata: Metadata
 ) -> np.ndarray:
@@ -86,12 +83,13 @@ def draw_panoptic(
     """
     ids = _enlarge(torch.as_tensor(segment_ids).cpu().numpy().astype(np.int32), cv2.INTER_NEAREST)
     copies = [dict(segment) for segment in segments]  # Detectron2 changes them
-    return _visualizer(image, metadata).draw_panoptic_seg(torch.from_numpy(ids), copies, alpha=0.6).get_image()
+    return _SteadyVisualizer(image, metadata).draw_panoptic_seg(torch.from_numpy(ids), copies, alpha=0.6).get_image()
 
 
 def draw_semantic(image: np.ndarray, classes: np.ndarray, metadata: Metadata) -> np.ndarray:
     """Draws a class map (H, W) as :func:`draw_panoptic` draws segments."""
-    return _visualizer(image, metadata).draw_sem_seg(_enlarge(classes, cv2.INTER_NEAREST), alpha=0.6).get_image()
+    classes = _enlarge(classes, cv2.INTER_NEAREST)
+    return _SteadyVisualizer(image, metadata).draw_sem_seg(classes, alpha=0.6).get_image()
 
 
 def draw_instances(image: np.ndarray, instances: Instances, metadata: Metadata) -> np.ndarray:
@@ -102,9 +100,8 @@ def draw_instances(image: np.ndarray, instances: Instances, metadata: Metadata) 
         f"{metadata.thing_classes[index]} {score:.0%}"
         for index, score in zip(kept.pred_classes, kept.scores, strict=True)
     ]
-    colors = [np.divide(metadata.thing_colors[index], 255) for index in kept.pred_classes]
-    visualizer = _visualizer(image, metadata)
-    colors = [visualizer._jitter(color) for color in colors]
+    visualizer = _SteadyVisualizer(image, metadata)
+    colors = [visualizer._jitter(np.divide(metadata.thing_colors[index], 255)) for index in kept.pred_classes]
     return visualizer.overlay_instances(masks=masks, labels=labels, assigned_colors=colors, alpha=0.6).get_image()
 
 
@@ -147,20 +144,19 @@ def assignments(model: nn.Module, image: torch.Tensor) -> list[np.ndarray]:
     return [prediction["mask_logits"][0].argmax(0).cpu().numpy() for prediction in predictions]
 
 
-def page(panels: list[list[tuple[str, np.ndarray]]]) -> np.ndarray:
+def page(panels: Sequence[tuple[str, np.ndarray]], columns: int = 3) -> np.ndarray:
     """Arranges titled pictures (H, W, 3), uint8, RGB, row by row on a white page, all at one size; returns the same."""
-    images = [image for row in panels for _, image in row]
-    width, height = max(image.shape[1] for image in images), max(image.shape[0] for image in images)
+    height, width = np.max([image.shape[:2] for _, image in panels], axis=0).tolist()
     gap = text_size = max(14, round(0.045 * min(height, width)))
-    line, columns = round(1.7 * text_size), max(len(row) for row in panels)
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, len(panels) * (height + line + gap) + gap), "white")
+    line, columns, rows = round(1.7 * text_size), min(columns, len(panels)), -(-len(panels) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + line + gap) + gap), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(text_size)
-    for row, y in zip(panels, range(gap, sheet.height, height + line + gap), strict=False):
-        for (title, image), x in zip(row, range(gap, sheet.width, width + gap), strict=False):
-            draw.text((x, y), title, fill="black", font=font)
-            scale = min(width / image.shape[1], height / image.shape[0])
-            size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
-            sheet.paste(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS), (x, y + line))
+    for number, (title, image) in enumerate(panels):
+        x, y = gap + number % columns * (width + gap), gap + number // columns * (height + line + gap)
+        draw.text((x, y), title, fill="black", font=font)
+        scale = min(width / image.shape[1], height / image.shape[0])
+        size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
+        sheet.paste(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS), (x, y + line))
     return np.asarray(sheet)
 
 
@@ -178,12 +174,8 @@ def result_page(model: nn.Module, record: dict, metadata: Metadata) -> np.ndarra
     """
     if "image" not in record:
         record = PanopticTestMapper(size=model.test_size)(record)
-    training = model.training
-    model.eval()
-    try:
+    with inference_context(model):
         segment_ids, segments = model([record])[0]["panoptic_seg"]
-    finally:
-        model.train(training)
     image = read_image(record)
     panels = [("input", enlarged(image))]
     if "pan_seg_file_name" in record:
@@ -193,10 +185,9 @@ def result_page(model: nn.Module, record: dict, metadata: Metadata) -> np.ndarra
         panels.append(("ground truth", draw_panoptic(image, true_ids, truth, metadata)))
     panels.append(("prediction", draw_panoptic(image, segment_ids, segments, metadata)))
 
-    clusters = cluster_panels(image, assignments(model, record["image"]), record["image"].shape[-2:])
-    *decoders, final = clusters
+    *decoders, final = cluster_panels(image, assignments(model, record["image"]), record["image"].shape[-2:])
     panels += decoders if len(panels) == 3 else [final, *decoders]
-    return page([panels[start : start + 3] for start in range(0, len(panels), 3)])
+    return page(panels)
 
 
 def cluster_panels(

@@ -146,7 +146,7 @@ def test_stride_follows_from_the_sizes(stride):
 def test_page_holds_every_panel_at_one_size():
     colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
     red, green, blue = (np.full((size, 2 * size, 3), c, np.uint8) for size, c in zip((60, 60, 30), colors, strict=True))
-    sheet = visualization.page([[("red", red), ("green", green)], [("blue", blue)]])
+    sheet = visualization.page([("red", red), ("green", green), ("blue", blue)], columns=2)
     assert sheet.dtype == np.uint8
     corners = []
     for color in colors:
@@ -168,10 +168,7 @@ def record(tmp_path):
     return coco_panoptic.load(json_file, images, pngs)[0]
 
 
-DECODERS = [
-    ["decoder 1 (stride 32)", "decoder 2 (stride 32)", "decoder 3 (stride 16)"],
-    ["decoder 4 (stride 16)", "decoder 5 (stride 8)", "decoder 6 (stride 8)"],
-]
+DECODERS = [f"decoder {number} (stride {stride})" for number, stride in enumerate((32, 32, 16, 16, 8, 8), start=1)]
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -188,8 +185,8 @@ def test_result_page(model, metadata, record, monkeypatch, training):
     first = (
         ["input", "ground truth", "prediction"] if training else ["input", "prediction", "final clusters (stride 4)"]
     )
-    assert [[title for title, _ in row] for row in panels] == [first, *DECODERS]
-    assert len({image.shape for row in panels for _, image in row}) == 1
+    assert [title for title, _ in panels] == [*first, *DECODERS]
+    assert len({image.shape for _, image in panels}) == 1
 
 
 def test_result_page_shows_the_ground_truth(model, metadata, record):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import UserError
-from ..files import whole_file
+from ..files import whole_file, write_text
 from .class_rows import OF_CLASSES, take_rows
 from .formats import read_checkpoint
 from .origin import ENTRY
@@ -89,8 +89,7 @@ class KMaXCheckpointer(DetectionCheckpointer):
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Notes the name of the newest checkpoint."""
-        with whole_file(Path(self.save_dir, LAST)) as unfinished:
-            unfinished.write_text(last_filename_basename)
+        write_text(Path(self.save_dir, LAST), last_filename_basename)
 
     def has_checkpoint(self) -> bool:
         """Tells whether there is a checkpoint to resume."""

@@ -110,8 +110,7 @@ class Result:
         if kind == "instances":
             return draw_instances(self.image, self.instances, metadata)
         if kind == "clusters":
-            panels = cluster_panels(self.image, self.clusters, self._inputs.shape[-2:])
-            return page([panels[start : start + 3] for start in range(0, len(panels), 3)])
+            return page(cluster_panels(self.image, self.clusters, self._inputs.shape[-2:]))
         raise UserError(f"no picture {kind}{did_you_mean(kind, KINDS)} There are {', '.join(KINDS)}")
 
     def save(self, file: str | Path, kind: str = "panoptic", overwrite: bool = False) -> None:

@@ -47,7 +47,7 @@ from ..data.suitability import model_warnings, training_warnings
 from ..engine import load_config, ready_config
 from ..errors import UserError, did_you_mean
 from ..evaluation.report_page import STYLE, figure
-from ..files import MARK, require_own, whole_file, write_png
+from ..files import MARK, require_own, write_png, write_text
 from ..images import read_rgb
 from ..visualization import draw_panoptic, page
 
@@ -168,10 +168,9 @@ def report(dataset: Dataset, cfg: CfgNode, args: argparse.Namespace) -> tuple[bo
     told += [f"warning: {line}" for line in model_warnings(dataset, findings, cfg)]
     panels = draw_samples(dataset, findings, args)
     if args.html:
-        with whole_file(file) as unfinished:
-            unfinished.write_text(html_page(dataset, findings, "\n".join(told), panels), encoding="utf-8")
+        write_text(file, html_page(dataset, findings, "\n".join(told), panels))
     elif panels:
-        write_png(file, page([panels[start : start + COLUMNS] for start in range(0, len(panels), COLUMNS)]))
+        write_png(file, page(panels, COLUMNS))
     if args.html or panels:
         print(f"samples are drawn in {file}")
     print("\n".join(told))

@@ -39,7 +39,7 @@ from ..data.panoptic_png import describe, read_annotation, write, write_json
 from ..engine import launch
 from ..engine.setup import dataset_metadata
 from ..errors import UserError
-from ..files import make_folder, require_own, whole_file
+from ..files import make_folder, require_own, write_text
 from ..images import images_in
 from ..inference import load
 from ..inference.predictor import predictor_config
@@ -87,8 +87,7 @@ def remember_model(cfg: CfgNode, folder: Path) -> None:
     text = yaml.safe_dump({"model": model, "input": inputs, "categories": categories_of(dataset_metadata(cfg))})
     file = folder / "model.yaml"
     if not (file.is_file() and any(folder.glob("*.png"))):
-        with whole_file(file) as unfinished:
-            unfinished.write_text(text)
+        write_text(file, text)
     elif file.read_text() != text:
         raise UserError(
             f"{folder} holds labels from another model or other options: delete it, or choose another --output"

@@ -39,7 +39,7 @@ from ..evaluation.output import compact
 from ..evaluation.panoptic_quality import Pair, count_pairs, quality_row
 from ..evaluation.pool import EvaluationPool
 from ..evaluation.report_page import Picture, report_page
-from ..files import require_own, whole_file
+from ..files import require_own, write_text
 from ..inference.predictor import Predictor, predictor_config
 from ..visualization import draw_panoptic
 
@@ -133,8 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sections = {"Worst images": pictures[: len(worst)], "Largest errors": pictures[len(worst) :]}
     title = f"{args.config_file} on the {len(records)} images of {dataset}"
     page = report_page(title, models[0].metadata, dict(zip(names, found, strict=True)), sections)
-    with whole_file(file) as unfinished:
-        unfinished.write_text(page, encoding="utf-8")
+    write_text(file, page)
     print(f"{file}: {file.stat().st_size / 2**20:.1f} MB")
 
 
