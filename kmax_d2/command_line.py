@@ -15,9 +15,7 @@ class ConfigParser(argparse.ArgumentParser):
     Args:
         doc: the program's docstring, shown by ``--help``.
         config_file: whether ``--config-file`` is required; None leaves it out.
-        weights: whether there is ``--weights``.
-        data: whether there is ``--test-data``.
-        overwrite: whether there is ``--overwrite``.
+        weights, data, overwrite: whether there is ``--weights``, ``--test-data``, ``--overwrite``.
         options: "opts" for NAME VALUE pairs anywhere after the program's own positional arguments; "--opts" if they
             must follow that flag, because the program takes a list of something else.
     """

@@ -30,14 +30,6 @@ def cached_file(address: str) -> str:
     return os.path.join(get_cache_dir(), folder, address.rsplit("/", 1)[-1])
 
 
-def _hub_parts(address: str) -> tuple[str, str]:
-    owner, _, rest = address.removeprefix(HUGGING_FACE).partition("/")
-    repository, _, name = rest.partition("/")
-    if not name:
-        raise UserError(f"{address} is not an address: it must be {HUGGING_FACE}OWNER/REPOSITORY/FILE")
-    return f"{owner}/{repository}", name
-
-
 def hub_file(repository: str, name: str) -> str:
     """Returns the local copy of a file on Hugging Face, which is downloaded once. Raises UserError if it cannot be."""
     try:
@@ -57,7 +49,10 @@ def download(address: str) -> str:
     Raises UserError where there is no network or no such file. What is interrupted leaves no file behind.
     """
     if address.startswith(HUGGING_FACE):
-        return hub_file(*_hub_parts(address))
+        *repository, name = address.removeprefix(HUGGING_FACE).split("/", 2)
+        if len(repository) < 2 or not name:
+            raise UserError(f"{address} is not an address: it must be {HUGGING_FACE}OWNER/REPOSITORY/FILE")
+        return hub_file("/".join(repository), name)
     file = cached_file(address)
     previous = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)

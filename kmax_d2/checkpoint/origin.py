@@ -8,7 +8,7 @@ from detectron2.data import MetadataCatalog
 
 from ..data.datasets import coco_panoptic
 from ..errors import UserError
-from ..options import default_config, merge
+from ..options import default_config, merge, merge_pairs, option_values
 from .formats import read_entries
 
 ENTRY = "kmax_d2"  # of the checkpoint
@@ -20,13 +20,8 @@ def describe_model(cfg: CfgNode) -> dict[str, Any]:
     """Returns the checkpoint entry of a model: its options as YAML, and its categories as in a COCO panoptic JSON."""
     cfg = cfg.clone()
     cfg.defrost()
-    defaults = default_config()
-    for name in _LOCAL:
-        *path, option = name.split(".")
-        node, default = cfg, defaults
-        for part in path:
-            node, default = node[part], default[part]
-        node[option] = default[option]
+    defaults = dict(option_values(default_config()))
+    merge_pairs(cfg, [part for name in _LOCAL for part in (name, defaults[name])])
     options = "".join(CfgNode({name: cfg[name]}).dump() for name in ("INPUT", "MODEL"))
     names = [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]
     categories = coco_panoptic.categories_of(MetadataCatalog.get(names[0])) if names else []

@@ -14,7 +14,7 @@ from PIL import Image
 from tabulate import tabulate
 
 from ..data import panoptic_png
-from ..data.datasets.coco_panoptic import read_json
+from ..data.datasets.coco_panoptic import categories_of, read_json
 from ..data.segment_ids import id2rgb
 from ..errors import UserError
 from .output import archive, compact, empty_folder
@@ -58,11 +58,7 @@ class PanopticEvaluator(DatasetEvaluator):
 
     def __init__(self, dataset_name: str, folder: Path | None = None, name: str = ""):
         metadata = MetadataCatalog.get(dataset_name)
-        self.dataset_id = {
-            contiguous: id_
-            for ids in (metadata.thing_dataset_id_to_contiguous_id, metadata.stuff_dataset_id_to_contiguous_id)
-            for id_, contiguous in ids.items()
-        }
+        self.category_ids = [category["id"] for category in categories_of(metadata)]
         self.json_file, self.root = metadata.get("panoptic_json"), metadata.get("panoptic_root", "")
         self.names = metadata.stuff_classes
         self.folder, self.name = folder, name
@@ -97,7 +93,9 @@ class PanopticEvaluator(DatasetEvaluator):
             prediction = {
                 "image_id": record["image_id"],
                 "file_name": f"{Path(record['file_name']).stem}.png",
-                "segments_info": [{"id": s["id"], "category_id": self.dataset_id[s["category_id"]]} for s in segments],
+                "segments_info": [
+                    {"id": s["id"], "category_id": self.category_ids[s["category_id"]]} for s in segments
+                ],
             }
             truth = None if self.truth is None else self.truth.get(record["image_id"])
             if truth is None and self.truth is not None:
@@ -137,14 +135,14 @@ class PanopticEvaluator(DatasetEvaluator):
         }
         table = [(part, *row) for part, row in zip(("all", "things", "stuff"), rows.values(), strict=True)]
         logger.info("panoptic quality:\n%s", tabulate(table, ["", *SCORES], tablefmt="pipe", floatfmt=".3f"))
-        self.counts_of_class = {c: total.get(id_, np.zeros(4)) for c, id_ in self.dataset_id.items()}
+        self.counts_of_class = {c: total.get(id_, np.zeros(4)) for c, id_ in enumerate(self.category_ids)}
         scores = {f"{key}{suffix}": x for suffix, row in rows.items() for key, x in zip(SCORES[:3], row, strict=False)}
         return {"panoptic_seg": {name: score for name, score in scores.items() if score is not None}}
 
     def _write(self, folder: Path, predictions: list[dict]) -> None:
         predictions.sort(key=lambda prediction: prediction["image_id"])
         json_file, archived = folder / f"{self.name}.json", folder / f"{self.name}.zip"
-        categories = [{"id": id_, "name": self.names[index]} for index, id_ in sorted(self.dataset_id.items())]
+        categories = [{"id": id_, "name": name} for id_, name in zip(self.category_ids, self.names, strict=True)]
         json_file.write_text(json.dumps({"annotations": predictions, "categories": categories}))
         archive(archived, json_file, folder / self.name)
         logger.info("predictions for %d images are in %s", len(predictions), archived)

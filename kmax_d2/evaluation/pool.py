@@ -16,8 +16,7 @@ PENDING = 4  # images per process, so that those not yet evaluated take little m
 class EvaluationPool:
     """Calls functions on one image each, in processes on all the cores that this rank may use.
 
-    Args:
-        collect: called in this process with each function's result, in the order of submission.
+    `collect` is called in this process with each function's result, in the order of submission.
     """
 
     def __init__(self, collect: Callable[[Any], None]):

@@ -32,11 +32,15 @@ class Picture(NamedTuple):
     panels: list[np.ndarray]
 
 
+def html_page(title: str, parts: Iterable[str]) -> str:
+    """Returns a page with its title as the heading, and then the parts, which are HTML."""
+    title = escape(title)
+    head = f'<!DOCTYPE html><!-- {MARK} --><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+    return "\n".join([f"{head}<style>{STYLE}</style><h1>{title}</h1>", *parts])
+
+
 def report_page(
-    title: str,
-    metadata: Metadata,
-    models: dict[str, list[list[Pair]]],
-    pictures: dict[str, list[Picture]],
+    title: str, metadata: Metadata, models: dict[str, list[list[Pair]]], pictures: dict[str, list[Picture]]
 ) -> str:
     """Returns the page about one model, or about two, of which the second is compared with the first.
 
@@ -46,7 +50,7 @@ def report_page(
         models: the paired segments of each image by the model's name, which begins with A or B.
         pictures: by the heading of their section.
     """
-    parts = [f"<h1>{escape(title)}</h1>", _qualities(metadata, models)]
+    parts = [_qualities(metadata, models)]
     for name, images in models.items():
         pairs = [pair for of_image in images for pair in of_image]
         sizes = [(size, *quality_row(counts, counts)) for size, counts in counts_by_size(pairs).items()]
@@ -61,8 +65,7 @@ def report_page(
     captions = ["input", "truth", *models]
     for heading, of_section in pictures.items():
         parts += [f"<h2>{heading}</h2>", *(_picture(picture, captions) for picture in of_section)]
-    head = f'<!DOCTYPE html><!-- {MARK} --><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
-    return f"{head}<style>{STYLE}</style>" + "\n".join(parts)
+    return html_page(title, parts)
 
 
 def _table(headers: Sequence[str], rows: Iterable[Sequence]) -> str:

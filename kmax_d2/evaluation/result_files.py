@@ -18,15 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 class FiledEvaluators(DatasetEvaluators):
-    """Runs several evaluators, and writes their results to a folder.
+    """Runs several evaluators of a dataset, and writes their results to a folder.
 
     `results.json` has the scores by task, in percent, `classes.csv` the panoptic scores, the counts of segments, and
     the semantic IoU of each class. What does not exist, such as the PQ of a class without objects, is left out.
-
-    Args:
-        dataset_name: whose metadata have the classes.
-        evaluators: those to run.
-        folder: where to write.
     """
 
     def __init__(self, dataset_name: str, evaluators: Sequence[DatasetEvaluator], folder: Path):

@@ -46,8 +46,8 @@ from ..data.segment_ids import rgb2id
 from ..data.suitability import model_warnings, training_warnings
 from ..engine import load_config, ready_config
 from ..errors import UserError, did_you_mean
-from ..evaluation.report_page import STYLE, figure
-from ..files import MARK, require_own, write_png, write_text
+from ..evaluation.report_page import figure, html_page
+from ..files import require_own, write_png, write_text
 from ..images import read_rgb
 from ..visualization import draw_panoptic, page
 
@@ -143,16 +143,12 @@ def draw_samples(dataset: Dataset, findings: list[Findings], args: argparse.Name
     return [(Path(record["file_name"]).name, draw_sample(record, dataset)) for record in chosen]
 
 
-def html_page(dataset: Dataset, findings: list[Findings], summary: str, panels: list[tuple[str, np.ndarray]]) -> str:
+def html_report(dataset: Dataset, findings: list[Findings], summary: str, panels: list[tuple[str, np.ndarray]]) -> str:
     """Returns the report of a dataset as one HTML page with everything in it."""
-    title, rows = escape(dataset.name), [panels[start : start + COLUMNS] for start in range(0, len(panels), COLUMNS)]
-    parts = [
-        f'<!DOCTYPE html><!-- {MARK} --><html lang="en"><meta charset="utf-8"><title>{title}</title>',
-        f"<style>{STYLE}</style><h1>{title}</h1><pre>{escape(summary)}</pre>",
-        *(f"<div>{table(dataset, findings, 'html')}</div><br>" for table in (class_table, size_table)),
-        *(f'<div class="row">{"".join(figure(*panel) for panel in row)}</div>' for row in rows),
-    ]
-    return "\n".join(parts)
+    rows = [panels[start : start + COLUMNS] for start in range(0, len(panels), COLUMNS)]
+    tables = (f"<div>{table(dataset, findings, 'html')}</div><br>" for table in (class_table, size_table))
+    pictures = (f'<div class="row">{"".join(figure(*panel) for panel in row)}</div>' for row in rows)
+    return html_page(dataset.name, [f"<pre>{escape(summary)}</pre>", *tables, *pictures])
 
 
 def report(dataset: Dataset, cfg: CfgNode, args: argparse.Namespace) -> tuple[bool, list[Findings]]:
@@ -168,7 +164,7 @@ def report(dataset: Dataset, cfg: CfgNode, args: argparse.Namespace) -> tuple[bo
     told += [f"warning: {line}" for line in model_warnings(dataset, findings, cfg)]
     panels = draw_samples(dataset, findings, args)
     if args.html:
-        write_text(file, html_page(dataset, findings, "\n".join(told), panels))
+        write_text(file, html_report(dataset, findings, "\n".join(told), panels))
     elif panels:
         write_png(file, page(panels, COLUMNS))
     if args.html or panels:
@@ -178,7 +174,6 @@ def report(dataset: Dataset, cfg: CfgNode, args: argparse.Namespace) -> tuple[bo
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a command line; None takes that of the process."""
     args = PARSER.parse(argv)
     cfg, names = datasets(args)
     sound, checked = [], {}
