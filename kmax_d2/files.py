@@ -22,10 +22,7 @@ def whole_file(file: Path) -> Iterator[Path]:
 
     The temporary file is in the same folder, which is created if need be, and has the same suffix. Its content is on
     the disk before the renaming, and the new name afterwards. After an error it is gone, and an earlier `file` is as
-    it was.
-
-    Raises:
-        UserError: the file cannot be written.
+    it was. Raises UserError if the file cannot be written.
     """
     unfinished = file.with_name(f".{file.stem}.{os.getpid()}.part{file.suffix}")
     try:

@@ -10,6 +10,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 
 from .data import MAPPER_REGISTRY
+from .errors import UserError
 from .speed import COMPILE_MODES, PRECISIONS
 
 
@@ -156,32 +157,24 @@ _NAMES_BY_RULE = [
     (one_of("query", "panoptic"), "MODEL.KMAX.TEST.INSTANCE"),
 ]
 RULES = {name: rule for rule, names in _NAMES_BY_RULE for name in names.split()}
-# What no option alone can tell.
-RELATIONS: list[tuple[Callable[[CfgNode], bool], str]] = [
-    (
-        lambda cfg: cfg.SOLVER.PATIENCE == 0 or (cfg.TEST.EVAL_PERIOD > 0 and cfg.SOLVER.BEST_METRIC != ""),
-        "SOLVER.PATIENCE counts evaluations: set TEST.EVAL_PERIOD and SOLVER.BEST_METRIC",
-    ),
-    (
-        lambda cfg: cfg.INPUT.SCALE_RANGE[0] <= cfg.INPUT.SCALE_RANGE[1],
-        "INPUT.SCALE_RANGE is in the wrong order, but must be (smallest, largest)",
-    ),
-    (
-        lambda cfg: cfg.SOLVER.IMS_PER_BATCH % (comm.get_world_size() * cfg.SOLVER.ACCUMULATE) == 0,
-        "SOLVER.IMS_PER_BATCH, the images of a step, must be a multiple of the number of processes, times "
-        "SOLVER.ACCUMULATE",
-    ),
-    (
-        lambda cfg: (
-            len({len(cfg.MODEL.KMAX.PIXEL_DECODER[name]) for name in ("IN_FEATURES", "WIDTHS", "BLOCKS", "KINDS")}) == 1
-        ),
-        "IN_FEATURES, WIDTHS, BLOCKS, and KINDS of MODEL.KMAX.PIXEL_DECODER must have one value for each stage",
-    ),
-    (
-        lambda cfg: all(
-            cfg.MODEL.KMAX.TRANSFORMER_DECODER[name] % cfg.MODEL.KMAX.TRANSFORMER_DECODER.NUM_HEADS == 0
-            for name in ("KEY_CHANNELS", "CHANNELS")
-        ),
-        "MODEL.KMAX.TRANSFORMER_DECODER.NUM_HEADS must divide KEY_CHANNELS and CHANNELS",
-    ),
-]
+
+
+def check_relations(cfg: CfgNode) -> None:
+    """Raises UserError for options that do not go together."""
+    solver, decoder, scales = cfg.SOLVER, cfg.MODEL.KMAX.TRANSFORMER_DECODER, cfg.INPUT.SCALE_RANGE
+    if solver.PATIENCE and not (cfg.TEST.EVAL_PERIOD and solver.BEST_METRIC):
+        raise UserError("SOLVER.PATIENCE counts evaluations: set TEST.EVAL_PERIOD and SOLVER.BEST_METRIC")
+    if scales[0] > scales[1]:
+        raise UserError("INPUT.SCALE_RANGE is in the wrong order, but must be (smallest, largest)")
+    if solver.IMS_PER_BATCH % (comm.get_world_size() * solver.ACCUMULATE):
+        raise UserError(
+            "SOLVER.IMS_PER_BATCH, the images of a step, must be a multiple of the number of processes, times "
+            "SOLVER.ACCUMULATE"
+        )
+    stages = ("IN_FEATURES", "WIDTHS", "BLOCKS", "KINDS")
+    if len({len(cfg.MODEL.KMAX.PIXEL_DECODER[name]) for name in stages}) > 1:
+        raise UserError(
+            "IN_FEATURES, WIDTHS, BLOCKS, and KINDS of MODEL.KMAX.PIXEL_DECODER must have one value for each stage"
+        )
+    if decoder.KEY_CHANNELS % decoder.NUM_HEADS or decoder.CHANNELS % decoder.NUM_HEADS:
+        raise UserError("MODEL.KMAX.TRANSFORMER_DECODER.NUM_HEADS must divide KEY_CHANNELS and CHANNELS")

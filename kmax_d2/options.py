@@ -12,7 +12,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 from .config import add_kmax_config
 from .errors import UserError, did_you_mean
-from .option_rules import RELATIONS, RULES
+from .option_rules import RULES, check_relations
 
 _KINDS = {bool: "True or False", str: "a text", CfgNode: "a section of options"}
 
@@ -110,9 +110,7 @@ def check(cfg: CfgNode) -> None:
                 raise UserError(f"{name} is {value or repr(value)}, but must be {rule.wanted}{hint}")
         elif not (_same(value, defaults.get(name, value)) or (name.startswith("MODEL.") and _has_foreign_parts(cfg))):
             raise UserError(f"{name} is an option of Detectron2 that nothing here reads: leave it out")
-    for holds, message in RELATIONS:
-        if not holds(cfg):
-            raise UserError(message)
+    check_relations(cfg)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -164,13 +164,7 @@ def page(panels: Sequence[tuple[str, np.ndarray]], columns: int = 3) -> np.ndarr
 def result_page(model: nn.Module, record: dict, metadata: Metadata) -> np.ndarray:
     """Draws one image: the input, its ground truth if there is any, the prediction, and the clusters of each decoder.
 
-    Args:
-        model: its mode does not change.
-        record: from the dataset or the test mapper; for the former, "file_name" is enough.
-        metadata: the dataset's, with class names and colors.
-
-    Returns:
-        (H, W, 3) uint8, RGB: a :func:`page` with three columns.
+    Takes a record of the dataset, of which "file_name" is enough, or of the test mapper. Returns a :func:`page`.
     """
     if "image" not in record:
         record = PanopticTestMapper(size=model.test_size)(record)

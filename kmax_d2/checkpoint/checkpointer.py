@@ -82,14 +82,10 @@ class KMaXCheckpointer(DetectionCheckpointer):
                 size = sum(leaf.nbytes for leaf in tree_leaves(data) if isinstance(leaf, torch.Tensor))
                 raise OSError(f"{getattr(error, 'strerror', error)}; it needs {size / 1e3:.0f} kB") from error
         if _OF_TRAINING.fullmatch(file.name):  # not the best, which lacks the training state
-            self.tag_last_checkpoint(file.name)
+            write_text(Path(self.save_dir, LAST), file.name)
         if self.keep:
             for old in sorted(file.parent.glob("model_[0-9]*[0-9].pth"))[: -self.keep]:
                 old.unlink()
-
-    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Notes the name of the newest checkpoint."""
-        write_text(Path(self.save_dir, LAST), last_filename_basename)
 
     def has_checkpoint(self) -> bool:
         """Tells whether there is a checkpoint to resume."""

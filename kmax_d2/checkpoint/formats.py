@@ -39,6 +39,9 @@ _OF_OTHERS = {("collections", "OrderedDict"), ("_codecs", "encode")}
 def read_checkpoint(path: str, model: Any, *, resume: bool = False) -> dict:
     """Reads what MODEL.WEIGHTS names.
 
+    Raises UserError if the file is missing, damaged, or not a checkpoint, or its weights need other options of the
+    model.
+
     Args:
         path: a file, an address, the prefix of a TensorFlow checkpoint such as ".../ckpt-150000", or "timm://NAME".
         model: the :class:`~kmax_d2.modeling.KMaXDeepLab` that the weights are for.
@@ -46,9 +49,6 @@ def read_checkpoint(path: str, model: Any, *, resume: bool = False) -> dict:
 
     Returns:
         "model": a state dict with our names; for one of our own checkpoints also its other entries, such as "trainer".
-
-    Raises:
-        UserError: the file is missing, damaged, or not a checkpoint, or its weights need other options of the model.
     """
     if path.startswith(TIMM):
         return {"model": load_timm(path.removeprefix(TIMM), model.pixel_mean, model.pixel_std)}

@@ -164,7 +164,8 @@ def _tensor(shard: np.memmap, name: str, entry: Message) -> np.ndarray:
 def read_variables(prefix: str) -> dict[str, np.ndarray]:
     """Reads the variables of the model in a TensorFlow checkpoint.
 
-    These are the floating-point variables (step counters are integers) except the optimizer's.
+    These are the floating-point variables (step counters are integers) except the optimizer's. Raises UserError if a
+    file is missing, damaged, or of an unsupported form of the format.
 
     Args:
         prefix: the path of its files up to ".index", such as "kmax_resnet50_coco_train/ckpt-150000".
@@ -172,9 +173,6 @@ def read_variables(prefix: str) -> dict[str, np.ndarray]:
     Returns:
         Arrays by official name, such as "encoder/_stem/_conv/kernel". They are views of the files' pages, except where
         a tensor is not aligned; writing to them does not change the files.
-
-    Raises:
-        UserError: a file is missing, damaged, or of an unsupported form of the format.
     """
     num_shards, entries = _read_index(prefix)
     shards: dict[int, np.memmap] = {}  # each holds a file open, and their number is limited

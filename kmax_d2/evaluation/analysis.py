@@ -48,9 +48,8 @@ def counts_by_size(pairs: Sequence[Pair]) -> dict[str, dict[int, np.ndarray]]:
 def calibration(pairs: Iterable[Pair], num_bins: int = 10) -> tuple[float, list[tuple[int, float, float]]]:
     """Compares the scores of predicted segments with the part of them that is true positive.
 
-    Returns:
-        the expected calibration error, 0..1 (Guo et al., ICML 2017), nan without segments; and for each range of
-        scores that occurs the number of segments, their mean score, and their precision.
+    Returns the expected calibration error, 0..1 (Guo et al., ICML 2017), nan without segments; and for each range of
+    scores that occurs the number of segments, their mean score, and their precision.
     """
     counted = [(p.predicted["score"], p.is_hit) for p in pairs if p.predicted and (p.is_hit or not p.ignored)]
     scores, hits = np.array(counted, dtype=float).reshape(-1, 2).T
@@ -66,13 +65,8 @@ def calibration(pairs: Iterable[Pair], num_bins: int = 10) -> tuple[float, list[
 def bootstrap_difference(first: np.ndarray, second: np.ndarray, rounds: int = 1000, seed: int = 0) -> np.ndarray:
     """Resamples images to tell a difference between two models from chance.
 
-    Args:
-        first, second: :func:`class_counts` of both, for the same images.
-        rounds, seed: number of resamples, and seed of their random numbers.
-
-    Returns:
-        (K + 1, 2) 95% interval of the second model's PQ less the first's, -1..1, of each class and of their mean; nan
-        for a class that does not occur.
+    Takes :func:`class_counts` of both for the same images. Returns the (K + 1, 2) 95% interval of the second model's PQ
+    less the first's, -1..1, of each class and of their mean; nan for a class that does not occur.
     """
     images = len(first)
     draws = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=rounds)

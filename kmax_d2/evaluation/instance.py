@@ -24,10 +24,8 @@ logger = logging.getLogger(__name__)
 class InstanceEvaluator(COCOEvaluator):
     """Detectron2's COCO evaluator of masks, except that it encodes them on the device where they are.
 
-    Args:
-        dataset_name: with "json_file" and "thing_classes", the names of its categories, in its metadata.
-        category_ids: the JSON file's category ids by contiguous class.
-        output_dir: where to write the results in COCO's format.
+    `category_ids` are those of the dataset's "json_file" by contiguous class. The results in COCO's format are written
+    to `output_dir`.
     """
 
     def __init__(self, dataset_name: str, category_ids: dict[int, int], output_dir: str):

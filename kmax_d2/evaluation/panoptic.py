@@ -42,7 +42,8 @@ def evaluate_image(
 class PanopticEvaluator(DatasetEvaluator):
     """Evaluates PQ as panopticapi does, with few predictions in memory.
 
-    Every rank counts its own images on its cores; the sums do not depend on the number of ranks.
+    Every rank counts its own images on its cores; the sums do not depend on the number of ranks. Raises UserError if
+    predictions of two images would have one file.
 
     Args:
         dataset_name: with "panoptic_json" and "panoptic_root" in its metadata; without, predictions are only written.
@@ -51,9 +52,6 @@ class PanopticEvaluator(DatasetEvaluator):
 
     Attributes:
         counts_of_class: the sums of :func:`match_segments` by contiguous class, after the evaluation.
-
-    Raises:
-        UserError: predictions of two images would have one file.
     """
 
     def __init__(self, dataset_name: str, folder: Path | None = None, name: str = ""):
@@ -128,11 +126,8 @@ class PanopticEvaluator(DatasetEvaluator):
         if unknown := total.keys() - self.is_thing.keys():
             raise UserError(f"{self.json_file} has no category {min(unknown)}, which the model predicts")
         things, stuff = ([c for c in self.is_thing if self.is_thing[c] == wanted] for wanted in (True, False))
-        rows = {
-            "": quality_row(total, self.is_thing),
-            "_th": quality_row(total, things),
-            "_st": quality_row(total, stuff),
-        }
+        categories_of_part = {"": self.is_thing, "_th": things, "_st": stuff}
+        rows = {suffix: quality_row(total, categories) for suffix, categories in categories_of_part.items()}
         table = [(part, *row) for part, row in zip(("all", "things", "stuff"), rows.values(), strict=True)]
         logger.info("panoptic quality:\n%s", tabulate(table, ["", *SCORES], tablefmt="pipe", floatfmt=".3f"))
         self.counts_of_class = {c: total.get(id_, np.zeros(4)) for c, id_ in enumerate(self.category_ids)}

@@ -54,10 +54,8 @@ def pair_segments(
             which counts instead of their pixels.
 
     Returns:
-        Every predicted segment, and every true one that is no crowd.
-
-    Raises:
-        ValueError: `segments` does not list the ids that occur in `overlaps`.
+        Every predicted segment, and every true one that is no crowd. Raises ValueError if `segments` does not list the
+        ids that occur in `overlaps`.
     """
     areas: Counter = Counter()
     true_areas: Counter = Counter()
@@ -115,14 +113,9 @@ def match_segments(
 
 
 def panoptic_quality(counts: Mapping[int, np.ndarray], categories: Iterable[int]) -> dict[str, float]:
-    """Averages PQ, SQ, and RQ over the categories that occur.
+    """Averages over those of the categories that occur; `counts` are sums of :func:`count_pairs` over all images.
 
-    Args:
-        counts: for each category the sum of :func:`count_pairs` over all images.
-        categories: those to average over.
-
-    Returns:
-        "pq", "sq", and "rq" in 0..1, nan if no category occurs, and "n", the number of categories that occur.
+    Returns "pq", "sq", and "rq" in 0..1, nan if no category occurs, and "n", the number of categories that occur.
     """
     rows = []
     for category in categories:

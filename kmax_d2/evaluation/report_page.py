@@ -3,7 +3,6 @@
 import base64
 from collections.abc import Collection, Iterable, Sequence
 from html import escape
-from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -25,11 +24,8 @@ figure { flex: 1; margin: 0 } img { width: 100%; display: block } figcaption { f
 """
 
 
-class Picture(NamedTuple):
-    """A title, and the input, the truth, and the predictions, each (H, W, 3) uint8, RGB."""
-
-    title: str
-    panels: list[np.ndarray]
+# A title, and the input, the truth, and the predictions, each (H, W, 3) uint8, RGB.
+Picture = tuple[str, list[np.ndarray]]
 
 
 def html_page(title: str, parts: Iterable[str]) -> str:
@@ -44,11 +40,8 @@ def report_page(
 ) -> str:
     """Returns the page about one model, or about two, of which the second is compared with the first.
 
-    Args:
-        title: what the page is about.
-        metadata: the dataset's.
-        models: the paired segments of each image by the model's name, which begins with A or B.
-        pictures: by the heading of their section.
+    `models` has the paired segments of each image by the model's name, which begins with A or B; `pictures` has those
+    of each section by its heading.
     """
     parts = [_qualities(metadata, models)]
     for name, images in models.items():
@@ -130,5 +123,6 @@ def figure(caption: str, image: np.ndarray) -> str:
 
 
 def _picture(picture: Picture, captions: Sequence[str]) -> str:
-    figures = [figure(caption, panel) for caption, panel in zip(captions, picture.panels, strict=True)]
-    return f'<h3>{escape(picture.title)}</h3><div class="row">{"".join(figures)}</div>'
+    title, panels = picture
+    figures = [figure(caption, panel) for caption, panel in zip(captions, panels, strict=True)]
+    return f'<h3>{escape(title)}</h3><div class="row">{"".join(figures)}</div>'

@@ -48,9 +48,7 @@ def class_map(output: Mapping) -> torch.Tensor:
 class SemanticEvaluator(SemSegEvaluator):
     """Detectron2's semantic evaluator, except that it counts while the model goes on and keeps no predictions.
 
-    Args:
-        dataset_name: a panoptic dataset, whose metadata give the classes and the label to ignore.
-        truths: for each image's file name a function that reads its true classes (H, W).
+    `truths` has for each image's file name a function that reads its true classes (H, W).
     """
 
     def __init__(self, dataset_name: str, truths: dict[str, Callable[[], np.ndarray]]):

@@ -57,12 +57,9 @@ def _num_parameters(*modules: nn.Module) -> int:
 def analyze(file: str, options: Sequence = (), size: Sequence[int] | None = None) -> dict:
     """Counts the model of a config for an input of a size (height, width); None takes the paper's.
 
-    Returns:
-        "size", [height, width]; "params"; "flops", multiply-adds for one image; "parts", with params and flops of
-        "backbone", "pixel_decoder", "kmax_decoders" (with the cluster centers), and "final_predictor".
-
-    Raises:
-        UserError: the options do not describe a model, or the model does not accept this size.
+    Returns "size", [height, width]; "params"; "flops", multiply-adds for one image; "parts", with params and flops of
+    "backbone", "pixel_decoder", "kmax_decoders" (with the cluster centers), and "final_predictor". Raises UserError if
+    the options do not describe a model, or the model does not accept this size.
     """
     cfg = ready_config(file, options, OVERRIDES)
     on_coco = any(name.startswith("coco_") for name in cfg.DATASETS.TEST)

@@ -38,7 +38,7 @@ from ..evaluation.analysis import pair_image
 from ..evaluation.output import compact
 from ..evaluation.panoptic_quality import Pair, count_pairs, quality_row
 from ..evaluation.pool import EvaluationPool
-from ..evaluation.report_page import Picture, report_page
+from ..evaluation.report_page import report_page
 from ..files import require_own, write_text
 from ..inference.predictor import Predictor, predictor_config
 from ..visualization import draw_panoptic
@@ -84,8 +84,7 @@ def draw(record: dict, models: Sequence[Predictor], error: Pair | None) -> list[
     scale = SIDE / min(image.shape[:2])
     size = round(image.shape[1] * scale), round(image.shape[0] * scale)
     image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    things = set(metadata.thing_dataset_id_to_contiguous_id.values())
-    truth = [s | {"isthing": s["category_id"] in things} for s in record["segments_info"] if not s.get("iscrowd")]
+    truth = [segment for segment in record["segments_info"] if not segment.get("iscrowd")]
     maps = [(panoptic_png.read(record["pan_seg_file_name"]), truth)]
     maps += [segment(model, model.mapper(record)) for model in models]
     resized = [cv2.resize(ids.astype(np.int32), size, interpolation=cv2.INTER_NEAREST) for ids, _ in maps]
@@ -127,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pictures = []
     for index, error, text in tqdm(chosen, "drawing", unit="picture"):
         title = f"{Path(records[index]['file_name']).name}: {text}"
-        pictures.append(Picture(title, draw(records[index], models, error)))
+        pictures.append((title, draw(records[index], models, error)))
     names = [f"{letter}: {cfg.MODEL.WEIGHTS}" for letter, cfg in zip("AB", cfgs, strict=False)]
     sections = {"Worst images": pictures[: len(worst)], "Largest errors": pictures[len(worst) :]}
     title = f"{args.config_file} on the {len(records)} images of {dataset}"
