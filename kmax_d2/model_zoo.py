@@ -73,9 +73,8 @@ def get_checkpoint_url(name: str) -> str:
         return str(_INCLUDED[relative])
     get_config_file(name)  # an unknown name is a different error
     known = names_with_weights()
-    raise UserError(
-        f"no weights of {name} are published{did_you_mean(relative, known)} Weights exist for {', '.join(known)}"
-    )
+    hint = did_you_mean(relative, known) or "."
+    raise UserError(f"no weights of {name} are published{hint} Weights exist for {', '.join(known)}")
 
 
 def trained_weights(name: str) -> list[str]:

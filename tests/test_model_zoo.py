@@ -54,6 +54,8 @@ def test_names_without_weights():
         model_zoo.get_checkpoint_url(NAME)
     with pytest.raises(UserError, match=r"no config file coco/r5 - did you mean coco/r50\?"):
         model_zoo.get_checkpoint_url("coco/r5")
+    with pytest.raises(UserError, match=r"no config file zzzz\. The project has "):
+        model_zoo.get_checkpoint_url("zzzz")
 
 
 @pytest.fixture(scope="module")

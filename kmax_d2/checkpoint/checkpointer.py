@@ -66,9 +66,8 @@ class KMaXCheckpointer(DetectionCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        data = {"model": self.model.state_dict()} | {
-            key: each.state_dict() for key, each in self.checkpointables.items()
-        }
+        states = {name: each.state_dict() for name, each in self.checkpointables.items()}
+        data = {"model": self.model.state_dict()} | states
         floats = [weight for weight in data["model"].values() if weight.is_floating_point()]
         if not torch.stack([weight.isfinite().all() for weight in floats]).all():
             raise UserError("the weights are no longer finite, so they were not saved; the last checkpoint is kept")

@@ -49,7 +49,7 @@ def config_file(name: str) -> Path:
         for path in folder.rglob("*.yaml")
         if "base" not in path.stem.lower()
     )
-    raise UserError(f"no config file {name}{did_you_mean(relative, known)} The project has {', '.join(known)}")
+    raise UserError(f"no config file {name}{did_you_mean(relative, known) or '.'} The project has {', '.join(known)}")
 
 
 def load_config(file: str, options: Sequence = (), overrides: Sequence = ()) -> CfgNode:

@@ -128,16 +128,10 @@ class CityscapesInstanceEvaluator(CityscapesEvaluator):
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """Submits images; an output's "instances" has masks, scores, and contiguous classes."""
         for record, output in zip(inputs, outputs, strict=True):
-            found = output["instances"]
-            self.pool.submit(
-                match_instances,
-                Path(record["file_name"]).stem,
-                encode_masks(found.pred_masks),
-                [self.names[category] for category in found.pred_classes.tolist()],
-                found.scores.tolist(),
-                self.truth_of(record["file_name"]),
-                self.folder,
-            )
+            file, found = record["file_name"], output["instances"]
+            classes = [self.names[category] for category in found.pred_classes.tolist()]
+            instances = encode_masks(found.pred_masks), classes, found.scores.tolist()
+            self.pool.submit(match_instances, Path(file).stem, *instances, self.truth_of(file), self.folder)
 
     def evaluate(self) -> dict | None:
         """Returns "segm": AP, AP50, and each class's AP, in percent, nan for a class without instances; on rank 0."""

@@ -56,7 +56,7 @@ class PanopticEvaluator(DatasetEvaluator):
 
     def __init__(self, dataset_name: str, folder: Path | None = None, name: str = ""):
         metadata = MetadataCatalog.get(dataset_name)
-        self.category_ids = [category["id"] for category in categories_of(metadata)]
+        self.id_of = [category["id"] for category in categories_of(metadata)]
         self.json_file, self.root = metadata.get("panoptic_json"), metadata.get("panoptic_root", "")
         self.names = metadata.stuff_classes
         self.folder, self.name = folder, name
@@ -91,9 +91,7 @@ class PanopticEvaluator(DatasetEvaluator):
             prediction = {
                 "image_id": record["image_id"],
                 "file_name": f"{Path(record['file_name']).stem}.png",
-                "segments_info": [
-                    {"id": s["id"], "category_id": self.category_ids[s["category_id"]]} for s in segments
-                ],
+                "segments_info": [{"id": s["id"], "category_id": self.id_of[s["category_id"]]} for s in segments],
             }
             truth = None if self.truth is None else self.truth.get(record["image_id"])
             if truth is None and self.truth is not None:
@@ -130,14 +128,14 @@ class PanopticEvaluator(DatasetEvaluator):
         rows = {suffix: quality_row(total, categories) for suffix, categories in categories_of_part.items()}
         table = [(part, *row) for part, row in zip(("all", "things", "stuff"), rows.values(), strict=True)]
         logger.info("panoptic quality:\n%s", tabulate(table, ["", *SCORES], tablefmt="pipe", floatfmt=".3f"))
-        self.counts_of_class = {c: total.get(id_, np.zeros(4)) for c, id_ in enumerate(self.category_ids)}
+        self.counts_of_class = {c: total.get(id_, np.zeros(4)) for c, id_ in enumerate(self.id_of)}
         scores = {f"{key}{suffix}": x for suffix, row in rows.items() for key, x in zip(SCORES[:3], row, strict=False)}
         return {"panoptic_seg": {name: score for name, score in scores.items() if score is not None}}
 
     def _write(self, folder: Path, predictions: list[dict]) -> None:
         predictions.sort(key=lambda prediction: prediction["image_id"])
         json_file, archived = folder / f"{self.name}.json", folder / f"{self.name}.zip"
-        categories = [{"id": id_, "name": name} for id_, name in zip(self.category_ids, self.names, strict=True)]
+        categories = [{"id": id_, "name": name} for id_, name in zip(self.id_of, self.names, strict=True)]
         json_file.write_text(json.dumps({"annotations": predictions, "categories": categories}))
         archive(archived, json_file, folder / self.name)
         logger.info("predictions for %d images are in %s", len(predictions), archived)

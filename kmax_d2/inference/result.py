@@ -111,7 +111,7 @@ class Result:
             return draw_instances(self.image, self.instances, metadata)
         if kind == "clusters":
             return page(cluster_panels(self.image, self.clusters, self._inputs.shape[-2:]))
-        raise UserError(f"no picture {kind}{did_you_mean(kind, KINDS)} There are {', '.join(KINDS)}")
+        raise UserError(f"no picture {kind}{did_you_mean(kind, KINDS) or '.'} There are {', '.join(KINDS)}")
 
     def save(self, file: str | Path, kind: str = "panoptic", overwrite: bool = False) -> None:
         """Writes :meth:`draw` as a PNG. Raises UserError if that fails, or if a file that is not ours is in the way."""

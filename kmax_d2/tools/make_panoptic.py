@@ -179,9 +179,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for number, entry in enumerate(used, start=1):
             entry["image"]["id"] = entry["annotation"]["image_id"] = number
         panoptic_png.write_json(target.with_suffix(".json"), used, categories)
-        left_out = (
-            f" ({len(entries) - len(used)} images without labels are left out)" if len(used) < len(entries) else ""
-        )
+        unused = len(entries) - len(used)
+        left_out = f" ({unused} images without labels are left out)" if unused else ""
         option = "--test-data" if target.name.endswith(("_val", "_test")) else "--train-data"
         print(f"  {option} {root} {target} {target.with_suffix('.json')}{left_out}")
     if not any("annotation" in entry for *_, entries in converted for entry in entries):
