@@ -26,8 +26,8 @@ if __name__ == "__main__":
 
 import torch
 from detectron2.modeling import build_model
+from fvcore.nn import parameter_count
 from tabulate import tabulate
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -50,10 +50,6 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.index_add: kmeans_update})
 
 
-def _num_parameters(*modules: nn.Module) -> int:
-    return sum(parameter.numel() for module in modules for parameter in module.parameters())
-
-
 def analyze(file: str, options: Sequence = (), size: Sequence[int] | None = None) -> dict:
     """Counts the model of a config for an input of a size (height, width); None takes the paper's.
 
@@ -68,8 +64,9 @@ def analyze(file: str, options: Sequence = (), size: Sequence[int] | None = None
         raise UserError(f"the input must have at least one pixel, not {height}×{width}")
     model = build_model(cfg).eval().requires_grad_(False)
     decoder = model.transformer_decoder
-    params = {name: _num_parameters(getattr(model, part)) for name, part in PARTS.items()}
-    params["final_predictor"] = _num_parameters(*(getattr(decoder, name) for name in FINAL_PREDICTOR))
+    sizes = parameter_count(model)
+    params = {name: sizes[part] for name, part in PARTS.items()}
+    params["final_predictor"] = sum(sizes[f"transformer_decoder.{name}"] for name in FINAL_PREDICTOR)
     # Fake tensors compute shapes alone, so every model takes seconds.
     with FakeTensorMode(allow_non_fake_inputs=True), flop_counter() as counter:
         decoder(model.pixel_decoder(model.backbone(torch.zeros(1, 3, height, width))), False)
@@ -80,7 +77,7 @@ def analyze(file: str, options: Sequence = (), size: Sequence[int] | None = None
         count["kmax_decoders"] -= count["final_predictor"]
     return {
         "size": [height, width],
-        "params": _num_parameters(model),
+        "params": sizes[""],
         "flops": counts["Global"],
         "parts": {name: {"params": params[name], "flops": flops[name]} for name in params},
     }

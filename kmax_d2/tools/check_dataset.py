@@ -127,13 +127,13 @@ def size_table(dataset: Dataset, findings: list[Findings], form: str = "github")
 def draw_sample(record: dict, dataset: Dataset) -> np.ndarray:
     """Draws the annotation over the image, at most LONG_SIDE pixels long or enlarged; (H, W, 3) uint8, RGB."""
     image, colors = (Image.fromarray(read_rgb(record[key])) for key in ("file_name", "pan_seg_file_name"))
-    scale = min(1.0, LONG_SIDE / max(image.size))
-    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    ids = rgb2id(np.asarray(colors.resize(size, Image.Resampling.NEAREST)))
+    image.thumbnail((LONG_SIDE, LONG_SIDE))
+    colors.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.NEAREST)
+    ids = rgb2id(np.asarray(colors))
     categories = {segment["id"]: dataset.categories[segment["category_id"]] for segment in record["segments_info"]}
     visible = {id_: category for id_, category in categories.items() if id_ in ids}
     segments = [{"id": id_, "category_id": c.contiguous, "isthing": c.isthing} for id_, c in visible.items()]
-    return draw_panoptic(np.asarray(image.resize(size)), ids, segments, dataset.metadata)
+    return draw_panoptic(np.asarray(image), ids, segments, dataset.metadata)
 
 
 def draw_samples(dataset: Dataset, findings: list[Findings], args: argparse.Namespace) -> list[tuple[str, np.ndarray]]:

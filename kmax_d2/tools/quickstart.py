@@ -22,7 +22,6 @@ from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import CommonMetricPrinter, EventWriter
-from PIL import Image
 from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
@@ -30,7 +29,7 @@ from tqdm import tqdm
 from ..engine import Trainer, ready_config
 from ..engine.log import quiet_log
 from ..engine.setup import dataset_metadata
-from ..files import lock_folder, make_folder, write_json
+from ..files import lock_folder, write_json, write_png
 from ..visualization import result_page
 
 CONFIG = "shapes/quickstart"
@@ -81,11 +80,10 @@ def summarize(results: dict, seconds: float) -> dict[str, float]:
 
 def draw_pictures(cfg: CfgNode, model: nn.Module, folder: Path) -> None:
     """Writes a page for each of the first held-out images: input, ground truth, prediction, and decoder clusters."""
-    make_folder(folder)
     records = DatasetCatalog.get(cfg.DATASETS.TEST[0])[:NUM_PICTURES]
     for record in tqdm(records, desc="drawing pictures", unit="image"):
         page = result_page(model, record, dataset_metadata(cfg))
-        Image.fromarray(page).save(folder / f"{Path(record['file_name']).stem}.png")
+        write_png(folder / f"{Path(record['file_name']).stem}.png", page)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
