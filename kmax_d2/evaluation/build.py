@@ -8,10 +8,10 @@ from detectron2.data import MetadataCatalog
 from ..errors import UserError, optional_package
 from ..files import own_folder
 from .cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator
-from .instance import instance_evaluator
+from .instance import InstanceEvaluator
 from .panoptic import PanopticEvaluator
 from .result_files import FiledEvaluators
-from .semantic import scene_parsing_evaluator, semantic_evaluator
+from .semantic import SemanticEvaluator
 
 EVALUATOR_TYPES = ("coco_panoptic_seg", "cityscapes_panoptic_seg", "ade20k_panoptic_seg")
 
@@ -65,12 +65,11 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> FiledEv
     if cityscapes and test.INSTANCE_ON:
         evaluators.append(CityscapesInstanceEvaluator(dataset_name, saved and saved / "instance"))
     elif test.INSTANCE_ON and has_truth and metadata.thing_dataset_id_to_contiguous_id:
-        evaluators.append(instance_evaluator(dataset_name, output_dir))
+        evaluators.append(InstanceEvaluator(dataset_name, output_dir))
     if cityscapes and test.SEMANTIC_ON:
         evaluators.append(CityscapesSemanticEvaluator(dataset_name, saved and saved / "semantic"))
     elif test.SEMANTIC_ON and has_truth:
-        build = scene_parsing_evaluator if kind == "ade20k_panoptic_seg" else semantic_evaluator
-        evaluators.append(build(dataset_name))
+        evaluators.append(SemanticEvaluator(dataset_name))
     return FiledEvaluators(dataset_name, evaluators, Path(output_dir))
 
 

@@ -24,12 +24,28 @@ logger = logging.getLogger(__name__)
 class InstanceEvaluator(COCOEvaluator):
     """Detectron2's COCO evaluator of masks, except that it encodes them on the device where they are.
 
-    `category_ids` are those of the dataset's "json_file" by contiguous class. The results in COCO's format are written
-    to `output_dir`.
+    The truth is in the dataset's own instance annotations if they are on disk, or else in its segments. COCO's own are
+    the official ones: their masks may overlap. The results in COCO's format are written to `output_dir`.
     """
 
-    def __init__(self, dataset_name: str, category_ids: dict[int, int], output_dir: str):
-        super().__init__(dataset_name, tasks=("segm",), output_dir=output_dir, use_fast_impl=False)
+    def __init__(self, dataset_name: str, output_dir: str):
+        metadata = MetadataCatalog.get(dataset_name)
+        file = metadata.get("json_file")
+        category_ids = {index: id_ for id_, index in metadata.thing_dataset_id_to_contiguous_id.items()}
+        if file is None or not os.path.isfile(file):
+            if file is not None:
+                logger.warning("%s is not on disk: AP uses the things of the panoptic annotations instead", file)
+            file = os.path.join(output_dir, "instances_gt.json")
+            category_ids = {index: index for index in category_ids}
+            if comm.is_main_process():
+                write_json(Path(file), panoptic_to_instances(dataset_name))
+            comm.synchronize()
+        # The evaluator names categories in the order of their ids.
+        names = [metadata.thing_classes[index] for index in sorted(category_ids, key=category_ids.__getitem__)]
+        name = f"{dataset_name}_instances"
+        MetadataCatalog.pop(name, None)
+        MetadataCatalog.get(name).set(json_file=file, thing_classes=names)
+        super().__init__(name, tasks=("segm",), output_dir=output_dir, use_fast_impl=False)
         self._category_ids = category_ids
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
@@ -90,27 +106,3 @@ def panoptic_to_instances(dataset_name: str) -> dict:
         "annotations": [annotation | {"id": index} for index, annotation in enumerate(annotations, start=1)],
         "categories": [{"id": index, "name": metadata.thing_classes[index]} for index in things],
     }
-
-
-def instance_evaluator(dataset_name: str, output_dir: str) -> InstanceEvaluator:
-    """Builds the evaluator of AP on a dataset's own instance annotations if they are on disk, or else on its segments.
-
-    COCO's own annotations are the official ones: their masks may overlap.
-    """
-    metadata = MetadataCatalog.get(dataset_name)
-    file = metadata.get("json_file")
-    category_ids = {index: id_ for id_, index in metadata.thing_dataset_id_to_contiguous_id.items()}
-    if file is None or not os.path.isfile(file):
-        if file is not None:
-            logger.warning("%s is not on disk: AP uses the things of the panoptic annotations instead", file)
-        file = os.path.join(output_dir, "instances_gt.json")
-        category_ids = {index: index for index in category_ids}
-        if comm.is_main_process():
-            write_json(Path(file), panoptic_to_instances(dataset_name))
-        comm.synchronize()
-    # The evaluator names categories in the order of their ids.
-    names = [metadata.thing_classes[index] for index in sorted(category_ids, key=category_ids.__getitem__)]
-    name = f"{dataset_name}_instances"
-    MetadataCatalog.pop(name, None)
-    MetadataCatalog.get(name).set(json_file=file, thing_classes=names)
-    return InstanceEvaluator(name, category_ids, output_dir)

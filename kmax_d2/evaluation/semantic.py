@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator
 
 from ..data import panoptic_png
@@ -48,16 +48,21 @@ def class_map(output: Mapping) -> torch.Tensor:
 class SemanticEvaluator(SemSegEvaluator):
     """Detectron2's semantic evaluator, except that it counts while the model goes on and keeps no predictions.
 
-    `truths` has for each image's file name a function that reads its true classes (H, W).
+    The truth is in the segments of the records or, if they are on disk, in ADE20K's semantic annotations: thing pixels
+    without an instance are void in its panoptic ones.
     """
 
-    def __init__(self, dataset_name: str, truths: dict[str, Callable[[], np.ndarray]]):
+    def __init__(self, dataset_name: str):
         metadata = MetadataCatalog.get(dataset_name)
         name = f"{dataset_name}_semantic"  # Detectron2's evaluator looks for semantic PNGs in the records
         register_records(name, list, stuff_classes=metadata.stuff_classes, ignore_label=metadata.ignore_label)
         super().__init__(name)
         self._compute_boundary_iou = False
-        self._truths = truths
+        self._annotations: Path | None = None
+        if metadata.evaluator_type == "ade20k_panoptic_seg":
+            images = Path(metadata.image_root)
+            folder = images.parents[1] / "annotations" / images.name
+            self._annotations = folder if folder.is_dir() else None
 
     def reset(self) -> None:
         """Forgets all counts."""
@@ -68,39 +73,18 @@ class SemanticEvaluator(SemSegEvaluator):
         self._conf_matrix += matrix
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Submits images; :func:`class_map` says what an output has."""
+        """Submits images; an input has its record's keys, and :func:`class_map` says what an output has."""
+        label = self._ignore_label
         for record, output in zip(inputs, outputs, strict=True):
             classes = compact(class_map(output), self._num_classes)
-            truth = self._truths[record["file_name"]]
-            self._pool.submit(confusion, classes, truth, self._num_classes, self._ignore_label)
+            read_truth = partial(segment_classes, record["pan_seg_file_name"], record["segments_info"], label)
+            if self._annotations:
+                file = self._annotations / f"{Path(record['file_name']).stem}.png"
+                read_truth = partial(annotated_classes, str(file), label)
+            self._pool.submit(confusion, classes, read_truth, self._num_classes, label)
 
     def evaluate(self) -> dict | None:
         """Returns "sem_seg": mIoU, fwIoU, mACC, pACC, and each class's IoU and accuracy, in percent; on rank 0."""
         self._pool.finish()
         results = super().evaluate()
         return results and {"sem_seg": {name: float(value) for name, value in results["sem_seg"].items()}}
-
-
-def semantic_evaluator(dataset_name: str) -> SemanticEvaluator:
-    """Builds the evaluator of mIoU on a panoptic dataset's segments, over all of its classes."""
-    label = MetadataCatalog.get(dataset_name).ignore_label
-    truths: dict[str, Callable[[], np.ndarray]] = {
-        record["file_name"]: partial(segment_classes, record["pan_seg_file_name"], record["segments_info"], label)
-        for record in DatasetCatalog.get(dataset_name)
-    }
-    return SemanticEvaluator(dataset_name, truths)
-
-
-def scene_parsing_evaluator(dataset_name: str) -> SemanticEvaluator:
-    """Builds the evaluator of mIoU on ADE20K's semantic annotations if they are on disk, or else on the segments.
-
-    Thing pixels without an instance are void in the panoptic annotations, and count only in the semantic ones.
-    """
-    metadata = MetadataCatalog.get(dataset_name)
-    images = Path(metadata.image_root)
-    folder = images.parents[1] / "annotations" / images.name
-    if not folder.is_dir():
-        return semantic_evaluator(dataset_name)
-    files = [record["file_name"] for record in DatasetCatalog.get(dataset_name)]
-    read, label = annotated_classes, metadata.ignore_label
-    return SemanticEvaluator(dataset_name, {f: partial(read, f"{folder / Path(f).stem}.png", label) for f in files})
