@@ -66,12 +66,6 @@ def _to_our_layout(kind: str, name: str, array: np.ndarray) -> np.ndarray:
     return array[:, :, None, None] if is_convolution else array
 
 
-def _contiguous_classes(is_thing: Sequence[bool]) -> list[int]:
-    """Returns each contiguous class's row in the official class heads: things, then stuff, then void."""
-    official_order = sorted(range(len(is_thing)), key=lambda index: not is_thing[index])
-    return [*np.argsort(official_order), len(is_thing)]
-
-
 def deeplab2_to_state_dict(
     variables: Mapping[str, np.ndarray], is_thing: Sequence[bool] | None = None
 ) -> dict[str, torch.Tensor]:
@@ -89,7 +83,8 @@ def deeplab2_to_state_dict(
         name = state_dict_name(official_name)
         array = _to_our_layout(official_name.rsplit("/", 1)[-1], name, np.asarray(array))
         if ".class_head." in name and is_thing is not None and len(array) == len(is_thing) + 1:
-            array = array[_contiguous_classes(is_thing)]
+            official_order = sorted(range(len(is_thing)), key=lambda index: not is_thing[index])
+            array = array[[*np.argsort(official_order), len(is_thing)]]  # void is last in both
         if name.startswith("semantic_head.classifier.") and len(array) == len(variables[CLASS_BIAS]):
             # Void is its first channel; its classes are in contiguous order.
             array = np.roll(array, -1, axis=0)

@@ -35,13 +35,8 @@ from ..modeling.postprocess import resize_nearest
 
 SHARES = [round(0.05 * step, 2) for step in range(1, 20)]
 AREAS = [side**2 for side in (0, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128)]
-CANDIDATES: dict[str, list] = {
-    "thing_threshold": SHARES,
-    "stuff_threshold": SHARES,
-    "overlap_threshold": SHARES,
-    "thing_area_limit": AREAS,
-    "stuff_area_limit": AREAS,
-}
+CANDIDATES: dict[str, list] = dict.fromkeys(("thing_threshold", "stuff_threshold", "overlap_threshold"), SHARES)
+CANDIDATES |= dict.fromkeys(("thing_area_limit", "stuff_area_limit"), AREAS)
 
 
 class CachedImage(NamedTuple):
