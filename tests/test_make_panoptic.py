@@ -61,6 +61,7 @@ def segments(files, parts=False, classes=False):
 
 FORMATS = {
     "COCO": label_formats.to_coco,
+    "COCO polygons": lambda source, folder: label_formats.to_coco(source, folder, polygons=True),
     "YOLO": label_formats.to_yolo,
     "LabelMe": label_formats.to_labelme,
     "LabelMe masks": lambda source, folder: label_formats.to_labelme(source, folder, masks=True),
