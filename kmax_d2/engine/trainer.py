@@ -133,6 +133,12 @@ class Trainer(DefaultTrainer):
         if self.average is not None:
             self.average.save()
 
+    def save_last_step(self) -> None:
+        """Saves a checkpoint of the last iteration, if there is one, from which a run that ends too early resumes."""
+        if self._trainer.last_step is not None:
+            self.iter = self._trainer.last_step  # which the checkpoint contains too
+            self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
+
     def _draw(self) -> None:
         """Draws the predictions on some test images, always the same ones, for TensorBoard."""
         names = self.cfg.DATASETS.TEST
@@ -154,7 +160,7 @@ class Trainer(DefaultTrainer):
         return results
 
     def train(self) -> dict:
-        """Trains from start_iter to max_iter.
+        """Trains from start_iter to max_iter. If a UserError ends the run, a checkpoint of its last step is saved.
 
         Returns:
             the results of the last evaluation, in the main process; empty if a subclass left evaluation out.
@@ -166,6 +172,10 @@ class Trainer(DefaultTrainer):
             super().train()
         except EndedEarly:
             pass
+        except UserError:
+            with contextlib.suppress(UserError):  # the first error is the one to report
+                self.save_last_step()
+            raise
         finally:
             log.removeFilter(hide)
         return getattr(self, "_last_eval_results", {})
