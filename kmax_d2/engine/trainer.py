@@ -136,7 +136,7 @@ class Trainer(DefaultTrainer):
     def save_last_step(self) -> None:
         """Saves a checkpoint of the last iteration, if there is one, from which a run that ends too early resumes."""
         if self._trainer.last_step is not None:
-            self.iter = self._trainer.last_step  # which the checkpoint contains too
+            self.iter = self._trainer.iter = self._trainer.last_step  # which the checkpoint contains too
             self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
 
     def _draw(self) -> None:
