@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from ..data import seed_by
+from ..data.loading import seed_by
 from ..errors import UserError
 from .diagnosis import first_not_finite
 
