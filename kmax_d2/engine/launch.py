@@ -37,8 +37,7 @@ def launch(
     """
     if num_gpus_per_machine < 1 or num_machines < 1:
         raise UserError("--num-gpus and --num-machines must be at least 1; without a GPU, a process trains on the CPU")
-    on_gpu = torch.cuda.is_available()
-    if on_gpu and num_gpus_per_machine > torch.cuda.device_count():
+    if torch.cuda.is_available() and num_gpus_per_machine > torch.cuda.device_count():
         raise UserError(f"--num-gpus is {num_gpus_per_machine}, but this machine has {torch.cuda.device_count()}")
     if dist.is_torchelastic_launched():
         if num_gpus_per_machine * num_machines > 1:
