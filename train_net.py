@@ -25,11 +25,7 @@ LONG = 40  # lines
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line of training and evaluation: Detectron2's arguments, and those of this project.
-
-    Args:
-        argv: the arguments; None takes those of the process.
-    """
+    """Parses a command line, None for that of the process: Detectron2's arguments, and those of this project."""
     ours, parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False), default_argument_parser()
     for each in (ours, parser):
         for name, split in (("--train-data", "training"), ("--test-data", "test")):

@@ -12,8 +12,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.env import seed_all_rng
 from small import options
 
-from kmax_d2.data import MAPPER_REGISTRY, PanopticTrainMapper, skip_samples
+from kmax_d2.data import MAPPER_REGISTRY, PanopticTrainMapper
 from kmax_d2.data.datasets import coco_panoptic, shapes
+from kmax_d2.data.loading import skip_samples
 from kmax_d2.engine import Trainer, load_config, setup
 from kmax_d2.errors import UserError
 

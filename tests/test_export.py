@@ -20,7 +20,7 @@ from kmax_d2.engine import load_config
 from kmax_d2.errors import UserError
 from kmax_d2.export import NetworkGraph, PanopticGraph, merge
 from kmax_d2.modeling.merging import MaskWiseMerging
-from kmax_d2.tools import export
+from kmax_d2.tools import compare_runtimes, export
 
 IS_THING = [True] * 3 + [False] * 4
 ROOT = Path(__file__).parents[1]
@@ -180,13 +180,29 @@ def test_any_size_and_batch(drawn, tmp_path, kind, ending, run):
 
 
 @pytest.mark.slow
+def test_runtimes_side_by_side(capsys):
+    compare_runtimes.main(["--config-file", "shapes/quickstart", "--sizes", "65", "--repeats", "1"])
+    rows = [row.split("|")[1:4] for row in capsys.readouterr().out.splitlines() if row.startswith("| ")]
+    seconds = {name.strip(): float(value) for name, value, _ in rows[1:]}
+    runtimes = {"ONNX Runtime, float32", *(f"OpenVINO, {precision}" for precision in ("float32", "bfloat16", "int8"))}
+    assert seconds.keys() > runtimes
+    assert all(
+        float(ratio) == pytest.approx(seconds[name.strip()] / seconds["ResNet-50 body"], rel=0.1)
+        for name, _, ratio in rows[1:]
+    )
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [name for name in CONFIGS if "base" not in name])
 def test_every_config(config, tmp_path):
-    """Its blocks and options, at a small width and depth; the network agrees in both runtimes, and so do the masks."""
+    """Its widths and options with one block a stage: the network agrees in both runtimes, and so do the masks."""
     few = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.KMAX.NORM", "BN", "MODEL.KMAX.TIMM.PRETRAINED", False]
     cfg = load_config(config, few)
-    if cfg.MODEL.KMAX.NUM_CLASSES == 0:
-        cfg.MODEL.KMAX.NUM_CLASSES = 19
+    kmax = cfg.MODEL.KMAX
+    kmax.RESNET.BLOCKS = kmax.MAXS.BLOCKS = kmax.CONVNEXT.DEPTHS = [1, 1, 1, 1]
+    kmax.PIXEL_DECODER.BLOCKS = [1] * len(kmax.PIXEL_DECODER.BLOCKS)
+    if kmax.NUM_CLASSES == 0:
+        kmax.NUM_CLASSES = 19
     model = build_model(cfg).eval()
     images = torch.from_numpy(random_images(1, 65, 65))
     for graph_of, names in ((NetworkGraph, export.OUTPUTS["network"]), (PanopticGraph, export.OUTPUTS["panoptic"])):

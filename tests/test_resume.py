@@ -16,6 +16,7 @@ import programs
 import pytest
 import small
 import torch
+from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
 from runs import ROOT, arguments, start_train_net, train_net, write_own_data
 
@@ -140,6 +141,27 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_a_status_of_its_own(own_dat
     assert interrupted(own_data, tmp_path, number=signal.SIGTERM) == STOPPED
     steps = loaded(newest_checkpoint(tmp_path))["iteration"] + 3
     assert list(run(own_data, tmp_path, SOLVER__MAX_ITER=steps)) == [steps - 2, steps - 1]
+
+
+@pytest.mark.parametrize("done", [0, BREAK])
+def test_an_error_of_the_user_ends_the_run_with_a_checkpoint_of_its_last_step(tmp_path, done):
+    class Vanish(HookBase):
+        def before_step(self):
+            if self.trainer.iter == done:
+                (tmp_path / "train").rename(tmp_path / "gone")
+
+    own_data = write_own_data(tmp_path)
+    if done:
+        run(own_data, tmp_path / "whole")
+    seed_all_rng(1)
+    trainer = Trainer(setup(arguments(own_data, OUTPUT_DIR=str(tmp_path / "broken"), SOLVER__MAX_ITER=STEPS)))
+    trainer.register_hooks([Vanish()])
+    with pytest.raises(UserError, match="cannot read the image"):
+        trainer.train()
+    names = [f"model_{BREAK - 1:07d}.pth"] if done else []
+    assert [file.name for file in (tmp_path / "broken").glob("*.pth")] == names
+    for name in names:
+        assert_same(*(loaded(tmp_path / folder / name) for folder in ("whole", "broken")))
 
 
 def refusal(own_data, folder, *options, **changes):

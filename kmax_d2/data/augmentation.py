@@ -29,9 +29,7 @@ class ResizeToFit(Augmentation):
         self, size: tuple[int, int] | None, scale_range: tuple[float, float] = (1.0, 1.0), scale_steps: int = 0
     ):
         super().__init__()
-        self.size = size
-        self.scale_range = scale_range
-        self.scale_steps = scale_steps
+        self.size, self.scale_range, self.scale_steps = size, scale_range, scale_steps
 
     def get_transform(self, image: np.ndarray) -> Transform:
         """Draws the transform for an image (H, W, ...)."""
@@ -52,17 +50,12 @@ class ResizeToFit(Augmentation):
 class RandomPadCrop(Augmentation):
     """Pads where an image is smaller than the crop, at a random offset, and crops at random where it is larger.
 
-    Padded pixels are 0 in the image and `seg_pad_value` in the labels.
-
-    Args:
-        size: (height, width) of the crop in pixels.
-        seg_pad_value: label of padded pixels.
+    The crop has `size`, (height, width) in pixels. Padded pixels are 0 in the image and `seg_pad_value` in the labels.
     """
 
     def __init__(self, size: tuple[int, int], seg_pad_value: int):
         super().__init__()
-        self.size = size
-        self.seg_pad_value = seg_pad_value
+        self.size, self.seg_pad_value = size, seg_pad_value
 
     def get_transform(self, image: np.ndarray) -> Transform:
         """Draws the transform for an image (H, W, 3)."""
@@ -72,12 +65,7 @@ class RandomPadCrop(Augmentation):
         top, left = (np.random.randint(m + 1) for m in missing)
         y, x = (np.random.randint(e + 1) for e in extra)
         crop_height, crop_width = min(height, self.size[0]), min(width, self.size[1])
-        steps = []
-        if any(extra):
-            steps.append(CropTransform(x, y, crop_width, crop_height, width, height))
-        if any(missing):
-            right, bottom = missing[1] - left, missing[0] - top
-            steps.append(
-                PadTransform(left, top, right, bottom, crop_width, crop_height, seg_pad_value=self.seg_pad_value)
-            )
-        return TransformList(steps) if steps else NoOpTransform()
+        crop = CropTransform(x, y, crop_width, crop_height, width, height)
+        right, bottom = missing[1] - left, missing[0] - top
+        pad = PadTransform(left, top, right, bottom, crop_width, crop_height, seg_pad_value=self.seg_pad_value)
+        return TransformList([crop, pad] if any(missing) else [crop])

@@ -40,8 +40,7 @@ def pillow_operation(name: str, level: float) -> Callable[[Image.Image], Image.I
 class ColorPolicy(Augmentation):
     """Draws one of the policy's pairs uniformly, and each of its two operations with its own probability.
 
-    Args:
-        level: factor on all levels.
+    All levels are multiplied by `level`.
     """
 
     def __init__(self, level: float = 1.0):

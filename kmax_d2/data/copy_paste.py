@@ -9,7 +9,6 @@ import numpy as np
 
 PASTE_SOURCE = "paste_source"  # a record's key for the record to paste from
 
-
 # An image (3, H, W) uint8; labels (H, W) int16: -1 padding, 0 void, 1 + the index of the mask; each mask's class.
 LabeledImage = tuple[np.ndarray, np.ndarray, list[int]]
 
@@ -22,12 +21,8 @@ def copy_paste(first: LabeledImage, second: LabeledImage, things: Collection[int
     depend on the other segments, so n counts only stuff here. Void and padding are never pasted. Stuff of one class in
     both images becomes one mask.
 
-    Args:
-        first, second: labeled images of the same size, which are not changed.
-        things: the classes that are things.
-
-    Returns:
-        The combined image. Masks that are entirely covered remain in its list of classes.
+    The images have the same size and are not changed; `things` are the classes that are things. Masks that are entirely
+    covered remain in the list of classes that is returned.
     """
     image, labels, classes = first[0].copy(), first[1].copy(), first[2].copy()
     pasted_image, pasted_labels, pasted_classes = second

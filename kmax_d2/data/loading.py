@@ -21,12 +21,10 @@ from .copy_paste import PASTE_SOURCE
 logger = logging.getLogger(__name__)
 
 
-def training_records(names: Sequence[str], filter_empty: bool = True) -> list[dict] | IterableDataset:
+def training_records(names: Sequence[str], filter_empty: bool) -> list[dict] | IterableDataset:
     """Loads the records of registered datasets and adds "isthing" to segments without it, as in Cityscapes.
 
-    Args:
-        names: the datasets.
-        filter_empty: drop records without annotations.
+    `filter_empty` drops records without annotations.
     """
     records = get_detection_dataset_dicts(names, filter_empty=filter_empty)
     if isinstance(records, IterableDataset):
@@ -42,13 +40,7 @@ class WithPasteSource(Dataset):
     """A dataset's records, each with a random record of the same dataset for the mapper to paste from.
 
     The source may be any record, also the record itself. It is drawn with NumPy, so it is determined by the seed of the
-    sample. Records are not copied.
-
-    Args:
-        dataset: a list or map-style dataset of records.
-
-    Raises:
-        UserError: the dataset is iterable.
+    sample. Records are not copied. Raises UserError if the dataset is iterable.
     """
 
     def __init__(self, dataset: Sequence[dict] | Dataset):
@@ -68,14 +60,11 @@ class SkipBroken:
 
     If the paste source is broken, the record is used without it. Each error is logged once, with a running count.
 
-    Args:
-        mapper: maps a record to a training sample.
-        size: number of records in the dataset. UserError is raised once as many are broken.
+    UserError is raised once as many samples are broken as the dataset has records, its `size`.
     """
 
     def __init__(self, mapper: Callable[[dict], dict], size: int):
-        self.mapper = mapper
-        self.size = size
+        self.mapper, self.size = mapper, size
         self.errors: set[str] = set()
 
     def __call__(self, record: dict) -> dict | None:
@@ -103,11 +92,6 @@ class SeededSamples(Dataset):
 
     All random numbers of a sample are determined by the seed and its number, so that neither the number of workers nor
     a resumed run changes it. Where the mapper returns None, another record is drawn.
-
-    Args:
-        dataset: records by index.
-        mapper: maps a record to a training sample or None.
-        seed: the seed of the run.
     """
 
     def __init__(self, dataset: Any, mapper: Callable[[dict], dict | None], seed: int):

@@ -32,9 +32,10 @@ def read_image(record: dict) -> np.ndarray:
     Raises UserError with the file's name if it cannot be read or its size is not the record's.
     """
     image = read_rgb(record["file_name"])
-    if image.shape[:2] != (record.get("height", image.shape[0]), record.get("width", image.shape[1])):
+    height, width = image.shape[:2]
+    if (height, width) != (record.get("height", height), record.get("width", width)):
         raise UserError(
-            f"the image {record['file_name']} is {image.shape[1]}×{image.shape[0]} (with its EXIF orientation), "
+            f"the image {record['file_name']} is {width}×{height} (with its EXIF orientation), "
             f"but its record says {record['width']}×{record['height']}"
         )
     return image
@@ -43,12 +44,9 @@ def read_image(record: dict) -> np.ndarray:
 def read_segments(record: dict) -> tuple[np.ndarray, list[int]]:
     """Reads a record's masks.
 
-    Returns:
-        (H, W) int16 map of 0 for void (also crowds) or 1 + the index of the pixel's mask, and the contiguous class of
-        each mask. Stuff of one class is one mask; a mask may have no pixels.
-
-    Raises:
-        UserError: with the file's name, if the PNG cannot be read or has segments that the record lacks.
+    Returns an (H, W) int16 map of 0 for void (also crowds) or 1 + the index of the pixel's mask, and the contiguous
+    class of each mask. Stuff of one class is one mask; a mask may have no pixels. Raises UserError with the file's name
+    if the PNG cannot be read or has segments that the record lacks.
     """
     file = record["pan_seg_file_name"]
     ids = panoptic_png.read(file)
@@ -160,12 +158,7 @@ class PanopticTrainMapper:
 
 
 def build_augmentations(cfg, scale: float = 1.0) -> list[T.Augmentation]:
-    """Builds the training augmentations in the official order.
-
-    Args:
-        cfg: the config.
-        scale: factor on the config's range of random scales.
-    """
+    """Builds the training augmentations in the official order; `scale` is a factor on their random scales."""
     options = cfg.INPUT
     size = tuple(options.CROP_SIZE)
     scale_range = tuple(bound * scale for bound in options.SCALE_RANGE)
@@ -180,11 +173,7 @@ def build_augmentations(cfg, scale: float = 1.0) -> list[T.Augmentation]:
 
 
 class PanopticTestMapper:
-    """Resizes a test image so that it just fits the crop; the model pads it.
-
-    Args:
-        size: (height, width) to fit, in pixels; None keeps the original size.
-    """
+    """Resizes a test image so that it just fits `size`, (height, width), or not for None; the model pads it."""
 
     @configurable
     def __init__(self, *, size: tuple[int, int] | None):

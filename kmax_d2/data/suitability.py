@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from detectron2.config import CfgNode
 
@@ -50,23 +50,22 @@ def _examples(checked: Sequence[Checked]) -> Counter:
     return counts
 
 
+def _digests(checked: Sequence[Checked]) -> Iterator[tuple[bytes, str]]:
+    """Yields the digest of each image that can be read, and its file."""
+    for dataset, findings in checked:
+        for record, found in zip(dataset.records, findings, strict=True):
+            if found.digest:
+                yield found.digest, record["file_name"]
+
+
 def training_warnings(train: Sequence[Checked], test: Sequence[Checked]) -> list[str]:
     """Returns a line each for rare classes, classes that only validation has, and images in both parts by content."""
     examples, tested = _examples(train), _examples(test)
     names = dict.fromkeys(category.name for dataset, _ in train for category in dataset.categories.values())
     rare = [f"{name} ({examples[name]})" for name in names if examples[name] < FEW]
     unseen = [name for name in tested if not examples[name]] if train else []
-    files = {
-        found.digest: record["file_name"]
-        for dataset, findings in train
-        for record, found in zip(dataset.records, findings, strict=True)
-    }
-    shared = [
-        f"{record['file_name']} is {files[found.digest]}"
-        for dataset, findings in test
-        for record, found in zip(dataset.records, findings, strict=True)
-        if found.digest and found.digest in files
-    ]
+    files = dict(_digests(train))
+    shared = [f"{file} is {files[digest]}" for digest, file in _digests(test) if digest in files]
     lines = [f"classes with fewer than {FEW} examples for training: {', '.join(rare)}"] if rare else []
     lines += [f"classes that only validation has: {', '.join(unseen)}"] if unseen else []
     return lines + ([f"{len(shared)} images of validation are training images too: {shared[0]}"] if shared else [])

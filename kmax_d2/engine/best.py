@@ -27,17 +27,12 @@ class KeepBest(BestCheckpointer):
 
     With averaged weights, these are what is saved, by their own metric. A resumed run reads from the file which metric
     is the best so far, and since when. Register it after the evaluations, in every process.
-
-    Args:
-        cfg: a config, of which SOLVER, TEST.EVAL_PERIOD, and OUTPUT_DIR are read.
-        model: the model whose weights are saved.
     """
 
     def __init__(self, cfg: CfgNode, model: nn.Module):
         metric = "ema/" * cfg.SOLVER.EMA.ENABLED + cfg.SOLVER.BEST_METRIC
-        super().__init__(
-            cfg.TEST.EVAL_PERIOD, KMaXCheckpointer(model, cfg.OUTPUT_DIR, origin=describe_model(cfg)), metric
-        )
+        checkpointer = KMaXCheckpointer(model, cfg.OUTPUT_DIR, origin=describe_model(cfg))
+        super().__init__(cfg.TEST.EVAL_PERIOD, checkpointer, metric)
         self._patience = cfg.SOLVER.PATIENCE * cfg.TEST.EVAL_PERIOD  # in iterations
         self._file = Path(cfg.OUTPUT_DIR, "model_best.pth")
 

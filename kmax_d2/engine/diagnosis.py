@@ -34,13 +34,10 @@ def first_not_finite(model: nn.Module, forward: Callable[[], Any]) -> str:
         if comm.get_world_size() > 1 and isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
     forward()
-    bad = [name for name, weight in model.named_parameters() if not _is_finite(weight.grad)]
+    gradients = ((name, weight.grad) for name, weight in model.named_parameters() if weight.grad is not None)
+    bad = [name for name, gradient in gradients if not gradient.isfinite().all()]
     without = f", and the first such gradient that of {bad[-1].removeprefix('module.')}" if bad else ""
     return found[0] if found else f"the outputs of all layers are finite{without}"
-
-
-def _is_finite(gradient: torch.Tensor | None) -> bool:
-    return gradient is None or bool(gradient.isfinite().all())
 
 
 def memory_advice(error: RuntimeError, cfg: CfgNode) -> str:

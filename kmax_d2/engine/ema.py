@@ -23,9 +23,7 @@ class WeightAverage(HookBase):
     Each checkpoint contains the average, for `--resume`. The last step also writes it to `model_final_ema.pth` in
     OUTPUT_DIR, which can be given as MODEL.WEIGHTS like `model_final.pth`.
 
-    Args:
-        model: the model, which is copied, before it is compiled, checkpointed or wrapped for several processes.
-        cfg: a config, of which SOLVER.EMA and OUTPUT_DIR are read.
+    Create it before the model is compiled, checkpointed or wrapped for several processes.
 
     Attributes:
         model: the averaged model, in evaluation mode.

@@ -30,20 +30,14 @@ logger = logging.getLogger(__name__)
 def launch(
     function: Callable, num_gpus_per_machine: int, *, num_machines: int = 1, args: tuple = (), **options
 ) -> None:
-    """Runs ``function(*args)`` in as many processes as requested, or in those that torchrun has started.
+    """Runs Detectron2's launch, which takes the same arguments, or in the processes that torchrun has started.
 
     Ends with status STOPPED if a signal stopped the training, and with 128 + its number if one killed the processes.
-
-    Args:
-        function, num_gpus_per_machine, num_machines, args, options: as for :func:`detectron2.engine.launch`.
-
-    Raises:
-        UserError: the number of processes is wrong, they do not find each other, or one of them was killed.
+    Raises UserError if the number of processes is wrong, they do not find each other, or one of them was killed.
     """
     if num_gpus_per_machine < 1 or num_machines < 1:
         raise UserError("--num-gpus and --num-machines must be at least 1; without a GPU, a process trains on the CPU")
-    on_gpu = torch.cuda.is_available()
-    if on_gpu and num_gpus_per_machine > torch.cuda.device_count():
+    if torch.cuda.is_available() and num_gpus_per_machine > torch.cuda.device_count():
         raise UserError(f"--num-gpus is {num_gpus_per_machine}, but this machine has {torch.cuda.device_count()}")
     if dist.is_torchelastic_launched():
         if num_gpus_per_machine * num_machines > 1:

@@ -60,8 +60,7 @@ def load_config(file: str, options: Sequence = (), overrides: Sequence = ()) -> 
         options: (name, value, name, value, ...), which take precedence over the file.
         overrides: the same, which take precedence over both.
 
-    Raises:
-        UserError: the file is missing or broken, an option does not exist or is not read, or a value does not fit.
+    Raises UserError if the file is missing or broken, an option does not exist or is not read, or a value does not fit.
     """
     cfg = default_config()
     if file.endswith(CHECKPOINT):
@@ -78,13 +77,8 @@ def load_config(file: str, options: Sequence = (), overrides: Sequence = ()) -> 
 def ready_config(file: str, options: Sequence = (), overrides: Sequence = ()) -> CfgNode:
     """Returns a frozen config that is ready to use: own data registered, classes counted, device chosen.
 
-    Args:
-        file: a config file or name; an empty string for the defaults.
-        options: the user's, (name, value, name, value, ...).
-        overrides: further options that the program sets whatever the user asked for.
-
-    Raises:
-        UserError: the config, an option, or a dataset is wrong.
+    The arguments are those of :func:`load_config`: the user's options, and those that a program sets whatever the user
+    asked for. Raises UserError if the config, an option, or a dataset is wrong.
     """
     cfg = load_config(file, options, overrides)
     wanted = cfg.MODEL.KMAX.NUM_CLASSES if "MODEL.KMAX.NUM_CLASSES" in options else 0
@@ -185,11 +179,9 @@ def _settle_own(cfg: CfgNode) -> None:
     """Leaves the config's datasets out if the user's own data for the other split have other classes."""
     train, test = (cfg.DATASETS[f"OWN_{split}"] for split in SPLITS)
     if train and test and os.path.realpath(train[0]) == os.path.realpath(test[0]):
-        names = [
-            {image["file_name"] for image in coco_panoptic.read_json(files[2])["images"]} for files in (train, test)
-        ]
-        shared = names[0] & names[1]
-        if shared:
+        images = (coco_panoptic.read_json(files[2])["images"] for files in (train, test))
+        train_names, test_names = ({image["file_name"] for image in each} for each in images)
+        if shared := train_names & test_names:
             logger.warning(f"{len(shared)} test images are also training images, such as {min(shared)}")
     for own, other in (SPLITS, SPLITS[::-1]):
         if cfg.DATASETS[f"OWN_{own}"] and not cfg.DATASETS[f"OWN_{other}"]:

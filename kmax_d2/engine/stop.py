@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType
@@ -16,15 +17,8 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if
 SAME = 1.0  # seconds in which signals count as one: some senders reach a process both directly and by its launcher
 
 
-class Stopped(SystemExit):
-    """Training ended by a signal after a checkpoint was saved."""
-
-    def __init__(self) -> None:
-        super().__init__(STOPPED)
-
-
 class StopOnSignal(HookBase):
-    """At SIGTERM, SIGINT, or SIGUSR1 finishes the step, saves a checkpoint, and raises :class:`Stopped` everywhere.
+    """At SIGTERM, SIGINT, or SIGUSR1 finishes the step, saves a checkpoint, and exits with status STOPPED everywhere.
 
     An evaluation is not finished. A second signal, at least SAME seconds later, ends the process at once. Register it
     just before the evaluation.
@@ -44,9 +38,9 @@ class StopOnSignal(HookBase):
     def after_step(self) -> None:
         """Stops if any process got a signal."""
         if any(comm.all_gather(self._received > 0)):
-            self._save()
+            self.trainer.save_last_step()
             comm.synchronize()  # no process ends while another one saves
-            raise Stopped
+            sys.exit(STOPPED)
         self._between_steps = True
 
     def after_train(self) -> None:
@@ -64,10 +58,5 @@ class StopOnSignal(HookBase):
             return
         self._received = time.monotonic()
         if self._between_steps and comm.is_main_process():
-            self._save()
-            raise Stopped
-
-    def _save(self) -> None:
-        if comm.is_main_process():
-            iteration = self.trainer.iter
-            self.trainer.checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+            self.trainer.save_last_step()
+            sys.exit(STOPPED)

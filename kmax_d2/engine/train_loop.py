@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from ..data import seed_by
+from ..data.loading import seed_by
 from ..errors import UserError
 from .diagnosis import first_not_finite
 
@@ -32,11 +32,13 @@ class TrainLoop(SimpleTrainer):
 
     Attributes:
         samples: the number of samples that the run has used, over all processes.
+        last_step: the last iteration that was done; None before the first one here, and once one was not finite.
     """
 
     def __init__(self, model, data_loader, optimizer, seed: int, precision: str = "float32", parts: int = 1):
         super().__init__(model, data_loader, optimizer)
         self.seed, self.samples, self.skipped, self.parts = seed, 0, 0, parts
+        self.last_step: int | None = None
         self.device_type = next(model.parameters()).device.type
         self.dtype = getattr(torch, precision)
         self.grad_scaler = torch.amp.GradScaler(self.device_type, enabled=precision == "float16")
@@ -65,6 +67,7 @@ class TrainLoop(SimpleTrainer):
             self.skipped += self.grad_scaler.get_scale() < scale
             get_event_storage().put_scalar("skipped_steps", self.skipped)
         self.samples += len(batch) * comm.get_world_size()
+        self.last_step = self.iter
 
     def _split(self, batch: list[dict]) -> list[list[dict]]:
         size = len(batch) // self.parts
@@ -84,6 +87,7 @@ class TrainLoop(SimpleTrainer):
         bad = [f"{name} = {value}" for name, value in zip(terms, values, strict=True) if not math.isfinite(value)]
         if not bad:
             return
+        self.last_step = None
         seed_by(self.seed, self.iter, comm.get_rank())
         layer = first_not_finite(self.model, lambda: [self._forward(part) for part in self._split(batch)])
         images = ", ".join(str(record.get("file_name", record.get("image_id"))) for record in batch)

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, MetadataCatalog, build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.engine import DefaultTrainer, HookBase
@@ -18,7 +17,6 @@ from detectron2.engine.defaults import create_ddp_model
 from detectron2.engine.hooks import EvalHook
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
-from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from detectron2.utils.logger import setup_logger
@@ -27,16 +25,9 @@ from torch import nn
 from ..checkpoint import KMaXCheckpointer
 from ..checkpoint.download import is_address
 from ..checkpoint.origin import describe_model
-from ..data import (
-    MAPPER_REGISTRY,
-    PanopticTestMapper,
-    SkipBroken,
-    WithPasteSource,
-    build_seeded_loader,
-    skip_samples,
-    training_records,
-)
+from ..data import MAPPER_REGISTRY, PanopticTestMapper, WithPasteSource
 from ..data.check import require_readable
+from ..data.loading import SkipBroken, build_seeded_loader, skip_samples, training_records
 from ..errors import HideUserErrors, UserError
 from ..evaluation import build_evaluator, require_evaluation
 from ..options import check
@@ -75,22 +66,16 @@ class Trainer(DefaultTrainer):
         model = training_model(model, cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
-        device_ids = [comm.get_local_rank()] if on_gpu else None
+        device_ids = [comm.get_local_rank()] if cfg.MODEL.DEVICE.startswith("cuda") else None
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
         precision = cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "float32"
         self._trainer = TrainLoop(model, data_loader, optimizer, cfg.SEED, precision, cfg.SOLVER.ACCUMULATE)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        keep, origin = cfg.SOLVER.KEEP_CHECKPOINTS, describe_model(cfg)
         self.checkpointer = KMaXCheckpointer(
-            model,
-            cfg.OUTPUT_DIR,
-            keep=cfg.SOLVER.KEEP_CHECKPOINTS,
-            origin=describe_model(cfg),
-            trainer=weakref.proxy(self),
+            model, cfg.OUTPUT_DIR, keep=keep, origin=origin, trainer=weakref.proxy(self)
         )
-        self.start_iter = 0
-        self.max_iter = cfg.SOLVER.MAX_ITER
-        self.cfg = cfg
+        self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
         self.register_hooks(self.build_hooks())
 
     @property
@@ -133,14 +118,20 @@ class Trainer(DefaultTrainer):
         if self.average is not None:
             self.average.save()
 
+    def save_last_step(self) -> None:
+        """Saves a checkpoint of the last iteration, if there is one, from which a run that ends too early resumes."""
+        if self._trainer.last_step is not None:
+            self.iter = self._trainer.iter = self._trainer.last_step  # which the checkpoint contains too
+            self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
+
     def _draw(self) -> None:
         """Draws the predictions on some test images, always the same ones, for TensorBoard."""
-        names = self.cfg.DATASETS.TEST
+        cfg, names = self.cfg, self.cfg.DATASETS.TEST
         if not names or not comm.is_main_process():
             return
-        records = get_detection_dataset_dicts(names[0], filter_empty=False)
-        with use_precision(self.cfg.MODEL.KMAX.TEST.PRECISION, self.cfg.MODEL.DEVICE):
-            for record in records[:: max(1, len(records) // self.cfg.TEST.PICTURES)][: self.cfg.TEST.PICTURES]:
+        records, count = get_detection_dataset_dicts(names[0], filter_empty=False), cfg.TEST.PICTURES
+        with use_precision(cfg.MODEL.KMAX.TEST.PRECISION, cfg.MODEL.DEVICE):
+            for record in records[:: max(1, len(records) // count)][:count]:
                 page = result_page(unwrapped(self.final_model), record, MetadataCatalog.get(names[0]))
                 self.storage.put_image(f"predictions/{Path(record['file_name']).stem}", page.transpose(2, 0, 1))
 
@@ -154,10 +145,9 @@ class Trainer(DefaultTrainer):
         return results
 
     def train(self) -> dict:
-        """Trains from start_iter to max_iter.
+        """Trains from start_iter to max_iter. If a UserError ends the run, a checkpoint of its last step is saved.
 
-        Returns:
-            the results of the last evaluation, in the main process; empty if a subclass left evaluation out.
+        Returns the results of the last evaluation, in the main process; none if a subclass left evaluation out.
         """
         self.require_test_data(self.cfg)
         log, hide = logging.getLogger(TrainerBase.__module__), HideUserErrors()
@@ -166,6 +156,10 @@ class Trainer(DefaultTrainer):
             super().train()
         except EndedEarly:
             pass
+        except UserError:
+            with contextlib.suppress(UserError):  # the first error is the one to report
+                self.save_last_step()
+            raise
         finally:
             log.removeFilter(hide)
         return getattr(self, "_last_eval_results", {})
@@ -193,15 +187,8 @@ class Trainer(DefaultTrainer):
             with _needs_files_of([name]):
                 require_readable([name], get_detection_dataset_dicts(name, filter_empty=False))
 
-    @classmethod
-    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """Returns the optimizer of :func:`~kmax_d2.engine.optimizer.build_optimizer`."""
-        return build_optimizer(cfg, model)
-
-    @classmethod
-    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
-        """Returns the scheduler of :func:`~kmax_d2.engine.optimizer.build_lr_scheduler`."""
-        return build_lr_scheduler(cfg, optimizer)
+    build_optimizer = staticmethod(build_optimizer)
+    build_lr_scheduler = staticmethod(build_lr_scheduler)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict]]:
@@ -230,8 +217,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
         """Returns the evaluators of a dataset, which write below OUTPUT_DIR/inference."""
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-        return build_evaluator(cfg, dataset_name, folder)
+        return build_evaluator(cfg, dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name))
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Sequence[DatasetEvaluator] | None = None) -> dict:

@@ -22,9 +22,7 @@ logger = logging.getLogger(__name__)
 class Progress(EventWriter):
     """Logs a line with the losses of the final prediction, the throughput, the time left, and the memory.
 
-    Args:
-        max_iter: the last iteration of the run.
-        batch: the images of a step.
+    The run has `max_iter` steps of `batch` images each.
     """
 
     def __init__(self, max_iter: int, batch: int):
@@ -57,12 +55,7 @@ def peak_memory() -> float:
 
 
 class Tracker(EventWriter):
-    """Passes new metrics on.
-
-    Args:
-        log: takes metrics by name and their iteration.
-        close: ends the tracking.
-    """
+    """Passes new metrics on to `log`, which takes metrics by name and their iteration, until `close` ends that."""
 
     def __init__(self, log: Callable[[dict[str, float], int], object], close: Callable[[], object]):
         self.log, self.close = log, close  # type: ignore[method-assign]
@@ -102,11 +95,7 @@ def tracker(name: str, cfg: CfgNode) -> Tracker:
 
 
 class OptionalWriter(EventWriter):
-    """Writes with another writer until that fails, on a full disk for example, which is said once.
-
-    Args:
-        writer: the other writer.
-    """
+    """Writes with another writer until that fails, on a full disk for example, which is said once."""
 
     def __init__(self, writer: EventWriter):
         self.writer: EventWriter | None = writer

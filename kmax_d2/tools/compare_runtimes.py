@@ -66,23 +66,27 @@ def in_pytorch(cfg: CfgNode, precision: str, compiled: bool) -> Run:
 
 
 def in_runtimes(cfg: CfgNode, threads: int, folder: Path) -> Iterator[tuple[str, Run]]:
-    """Yields the exported model in ONNX Runtime, and in OpenVINO in float32 and in bfloat16."""
-    onnx, onnxruntime, openvino = (optional_package(name, "export") for name in ("onnx", "onnxruntime", "openvino"))
+    """Yields the exported model in ONNX Runtime, and in OpenVINO in float32, bfloat16, and int8."""
+    packages = ("onnx", "onnxruntime", "openvino", "nncf")
+    onnx, onnxruntime, openvino, nncf = (optional_package(name, "export") for name in packages)
     file = str(folder / "model.onnx")
     cfg = cfg.clone()
     cfg.defrost()
-    graph = PanopticGraph(inference_model(build_model(cfg).eval(), cfg)).eval()
+    panoptic = PanopticGraph(inference_model(build_model(cfg).eval(), cfg)).eval()
     with quiet():
-        onnx.save(to_onnx(graph, torch.zeros(2, 129, 161, 3, dtype=torch.uint8), True, OUTPUTS["panoptic"]), file)
+        onnx.save(to_onnx(panoptic, torch.zeros(2, 129, 161, 3, dtype=torch.uint8), True, OUTPUTS["panoptic"]), file)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(file, options)
     yield "ONNX Runtime, float32", lambda image: session.run(None, {"images": image[None]})
-    for precision in ("f32", "bf16"):
-        hints = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
-        compiled = openvino.Core().compile_model(file, "CPU", hints)
-        name = f"OpenVINO, {precision.replace('bf', 'bfloat').replace('f3', 'float3')}"
-        yield name, functools.partial(_run_openvino, compiled)
+    model = openvino.Core().read_model(file)
+    noise = nncf.Dataset([torch.randint(0, 256, (1, 321, 321, 3), dtype=torch.uint8).numpy()])  # for times, as good
+    with quiet():
+        quantized = nncf.quantize(model, noise, subset_size=1)
+    for name, graph, hint in (("float32", model, "f32"), ("bfloat16", model, "bf16"), ("int8", quantized, "f32")):
+        hints = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads}
+        compiled = openvino.Core().compile_model(graph, "CPU", hints)
+        yield f"OpenVINO, {name}", functools.partial(_run_openvino, compiled)
 
 
 def _run_openvino(compiled: Any, image: np.ndarray) -> object:

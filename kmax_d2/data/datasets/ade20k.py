@@ -21,19 +21,11 @@ CATEGORIES = [
 
 
 def register(root: str) -> None:
-    """Registers `ade20k_panoptic_train` and `ade20k_panoptic_val`; files are read when a dataset is first used.
-
-    Args:
-        root: the folder that contains ADEChallengeData2016.
-    """
+    """Registers `ade20k_panoptic_{train,val}` below `root`/ADEChallengeData2016; files are read on first use."""
     folder = os.path.join(root, "ADEChallengeData2016")
-    for split, images in (("train", "training"), ("val", "validation")):
+    for split, part in (("train", "training"), ("val", "validation")):
         name = f"ade20k_panoptic_{split}"
+        images, pngs = os.path.join(folder, "images", part), os.path.join(folder, name)
         coco_panoptic.register(
-            name,
-            os.path.join(folder, "images", images),
-            os.path.join(folder, name),
-            os.path.join(folder, f"{name}.json"),
-            categories=CATEGORIES,
-            evaluator_type="ade20k_panoptic_seg",
+            name, images, pngs, f"{pngs}.json", categories=CATEGORIES, evaluator_type="ade20k_panoptic_seg"
         )

@@ -1,4 +1,4 @@
-"""COCONut: COCO's images with new panoptic annotations of the same classes (https://arxiv.org/abs/2404.08639)."""
+"""COCO's images with other annotations of its classes: COCONut's (https://arxiv.org/abs/2404.08639) or a model's."""
 
 from __future__ import annotations
 
@@ -18,17 +18,10 @@ IMAGES = {
 
 
 def register(root: str) -> None:
-    """Registers `coconut_{s,b,l}_panoptic` and `relabeled_coco_val_panoptic`; files are read on first use.
-
-    Args:
-        root: the folder that contains coco.
-    """
+    """Registers the datasets below `root`/coco; files are read on first use."""
     coco = os.path.join(root, "coco")
-    for name, folders in IMAGES.items():
-        coco_panoptic.register(
-            f"{name}_panoptic",
-            [os.path.join(coco, folder) for folder in folders],
-            os.path.join(coco, name),
-            os.path.join(coco, "annotations", f"{name}.json"),
-            categories=COCO_CATEGORIES,
-        )
+    unlabeled = ("coco_2017_unlabeled_panoptic", os.path.join(coco, "unlabeled2017"), "panoptic_unlabeled2017")
+    coconut = [(f"{name}_panoptic", [os.path.join(coco, each) for each in IMAGES[name]], name) for name in IMAGES]
+    for dataset, images, name in (unlabeled, *coconut):
+        pngs, json_file = os.path.join(coco, name), os.path.join(coco, "annotations", f"{name}.json")
+        coco_panoptic.register(dataset, images, pngs, json_file, categories=COCO_CATEGORIES)

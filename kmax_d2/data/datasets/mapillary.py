@@ -26,11 +26,7 @@ class JsonMetadata(Metadata):
 
 
 def register(root: str) -> None:
-    """Registers `mapillary_vistas_{1.2,2.0}_panoptic_{train,val}`.
-
-    Args:
-        root: the folder that contains mapillary_vistas.
-    """
+    """Registers `mapillary_vistas_{1.2,2.0}_panoptic_{train,val}` below `root`/mapillary_vistas."""
     for version, file in JSONS.items():
         for split, folder in SPLITS.items():
             name = f"mapillary_vistas_{version}_panoptic_{split}"

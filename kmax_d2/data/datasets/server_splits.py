@@ -38,11 +38,7 @@ def load_cityscapes(image_root: str) -> list[dict]:
 
 
 def register(root: str) -> None:
-    """Registers the test splits of COCO and Cityscapes; files are read when a split is first used.
-
-    Args:
-        root: the folder that contains coco and cityscapes.
-    """
+    """Registers the test splits below `root`/coco and `root`/cityscapes; files are read on first use."""
     coco = {"evaluator_type": "coco_panoptic_seg", **metadata_of(COCO_CATEGORIES)}
     for split in ("test", "test-dev"):
         json_file = os.path.join(root, "coco", "annotations", f"image_info_{split}2017.json")

@@ -114,15 +114,12 @@ def read(source: Path, images: Path | None = None, classes: Path | None = None) 
     """
     names, files = read_names(classes, source), mask_files(source)
     things = set().union(*parallel_map(_instance_classes, files.values(), "looking for instances"))
-    return _labels(
-        names, things, files, images or source.parent / "images", lambda file: partial(draw, file, names, False)
-    )
+    images = images or source.parent / "images"
+    return _labels(names, things, files, images, lambda file: partial(draw, file, names, False))
 
 
 def read_voc(source: Path, images: Path | None = None, classes: Path | None = None) -> Labels:
     """Reads the folders SegmentationClass and SegmentationObject with the images in JPEGImages."""
     names = read_names(classes, source) if classes else {i: str(name) for i, name in enumerate(CLASS_NAMES, start=1)}
-    files = mask_files(source / "SegmentationClass")
-    return _labels(
-        names, set(names), files, images or source / "JPEGImages", lambda file: partial(draw_voc, file, names)
-    )
+    files, images = mask_files(source / "SegmentationClass"), images or source / "JPEGImages"
+    return _labels(names, set(names), files, images, lambda file: partial(draw_voc, file, names))
