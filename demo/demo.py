@@ -146,6 +146,7 @@ def segment_video(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command line; None takes that of the process."""
     args = PARSER.parse(argv)
     if args.tile is not None and args.tile < LEAST_SIZE:
         raise UserError(f"--tile must be at least {LEAST_SIZE} pixels, not {args.tile}")

@@ -33,6 +33,7 @@ def segment(model: str, image: Image.Image, size: Sequence[int] | None) -> tuple
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command line; None takes that of the process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "image", "output"):
         parser.add_argument(name)

@@ -175,6 +175,7 @@ def build_page(models: Models) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command line; None takes that of the process."""
     args = PARSER.parse(argv)
     with tempfile.TemporaryDirectory(prefix="kmax_d2-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # where gradio keeps uploads and results

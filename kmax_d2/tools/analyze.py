@@ -84,6 +84,7 @@ def analyze(file: str, options: Sequence = (), size: Sequence[int] | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command line; None takes that of the process."""
     args = PARSER.parse(argv)
     result = analyze(args.config_file, args.opts, args.size)
     if args.json:

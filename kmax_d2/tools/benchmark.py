@@ -189,6 +189,7 @@ def benchmark(args: argparse.Namespace) -> list[dict]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command line; None takes that of the process."""
     args = PARSER.parse(argv)
     rows = benchmark(args)
     task = f"{args.config_file}, {args.mode}, {args.batch_size} × {args.size[0]}×{args.size[1]}"

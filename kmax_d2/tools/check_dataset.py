@@ -174,6 +174,7 @@ def report(dataset: Dataset, cfg: CfgNode, args: argparse.Namespace) -> tuple[bo
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command line; None takes that of the process."""
     args = PARSER.parse(argv)
     cfg, names = datasets(args)
     sound, checked = [], {}

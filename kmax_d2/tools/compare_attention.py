@@ -74,6 +74,7 @@ def draw(curves: dict[str, list[dict[int, float]]], file: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command line; None takes that of the process."""
     args = PARSER.parse(argv)
     if args.seeds < 1:
         raise UserError(f"--seeds must be at least 1, not {args.seeds}")

@@ -43,6 +43,7 @@ def write_checkpoint(weights: dict[str, torch.Tensor], file: Path, origin: dict)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command line; None takes that of the process."""
     args = PARSER.parse(argv)
     if args.output.suffix not in (".pth", ".pkl"):
         raise UserError(f"the name of the output must end in .pth or .pkl, unlike {args.output}")

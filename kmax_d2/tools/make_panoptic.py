@@ -143,6 +143,7 @@ def draw_all(item: Item, size: Size, names: set[str]) -> tuple[list[Shape], list
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command line; None takes that of the process."""
     args = PARSER.parse(argv)
     source = Path(args.source)
     images, classes = (Path(name) if name else None for name in (args.images, args.classes))

@@ -107,6 +107,7 @@ def json_entries(labels: dict[Path, dict]) -> list[dict]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command line; None takes that of the process."""
     args = PARSER.parse(argv)
     files = images_in(args.input)
     (stem, count), *_ = Counter(file.stem for file in files).most_common(1)

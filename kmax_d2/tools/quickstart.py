@@ -41,15 +41,18 @@ class ProgressBar(HookBase):
     """Shows one line on the terminal in place of Detectron2's long ones, which go to the log file."""
 
     def before_train(self) -> None:
+        """Opens the bar."""
         self.bar = tqdm(total=self.trainer.max_iter, desc="training", unit="it", mininterval=2.0, dynamic_ncols=True)
 
     def after_step(self) -> None:
+        """Advances the bar by an iteration."""
         if self.trainer.iter % LOSS_PERIOD == 0:
             loss = self.trainer.storage.history("total_loss").median(LOSS_PERIOD)
             self.bar.set_postfix_str(f"loss {loss:.2f}", refresh=False)
         self.bar.update()
 
     def after_train(self) -> None:
+        """Closes the bar."""
         self.bar.close()
 
 
@@ -87,6 +90,7 @@ def draw_pictures(cfg: CfgNode, model: nn.Module, folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command line; None takes that of the process."""
     args = PARSER.parse(argv)
     start = time.perf_counter()
     output = Path(args.output)

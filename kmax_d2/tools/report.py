@@ -107,6 +107,7 @@ def describe(error: Pair, names: Sequence[str]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command line; None takes that of the process."""
     args = PARSER.parse(argv)
     file = args.output / "report.html"
     require_own([file], args.overwrite)

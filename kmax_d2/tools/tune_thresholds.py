@@ -140,6 +140,7 @@ def tune(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command line; None takes that of the process."""
     args = PARSER.parse(argv)
     cfg = predictor_config(args.config_file, args.opts)
     name = evaluated_dataset(cfg)
