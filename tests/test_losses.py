@@ -89,6 +89,21 @@ def test_instance_discrimination_is_cross_entropy_of_explicit_targets(num_sample
     torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=2e-6)
 
 
+def test_samples_of_several_blocks_are_compared_with_each_other():
+    """Blocks of the similarity matrix, of which the last is smaller than the others."""
+    targets = random_targets(pixels=1100)
+    pixels = losses.sample_pixels(targets, 1100, 1.5)
+    feature = F.normalize(torch.randn(2, 6, 1100), dim=1)
+    ours, theirs = feature.clone().requires_grad_(), feature.double().requires_grad_()
+    features = ours.gather(2, pixels[:, None].expand(-1, 6, -1)).transpose(1, 2)
+    value = losses.instance_discrimination_loss(features, pixels, targets)
+    expected = plain_instance_loss(theirs, pixels, targets)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+    value.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("small", "size"), [((5, 7), (5, 7)), ((5, 7), (17, 25)), ((1, 3), (4, 9)), ((4, 1), (13, 1)), ((1, 1), (1, 1))]
 )

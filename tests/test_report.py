@@ -5,9 +5,11 @@ import re
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
 from runs import write_own_data
 from test_pseudo_label import CONFIG, WEIGHTS
 
+import kmax_d2
 from kmax_d2.engine import Trainer, load_predictor, ready_config
 from kmax_d2.errors import UserError
 from kmax_d2.evaluation.analysis import (
@@ -18,7 +20,7 @@ from kmax_d2.evaluation.analysis import (
     counts_by_size,
 )
 from kmax_d2.evaluation.panoptic_quality import Pair, count_overlaps, count_pairs, pair_segments, quality_row
-from kmax_d2.tools.report import describe, main
+from kmax_d2.tools.report import describe, draw, main
 
 
 def segments(*classes, **more):
@@ -124,6 +126,16 @@ def test_a_page_about_two_models(own, tmp_path, monkeypatch):
     (tmp_path / "report.html").write_text("mine")
     with pytest.raises(UserError, match=r"report\.html exists and was not made by kmax_d2"):
         main(command)
+
+
+def test_records_need_not_say_what_is_a_thing():
+    """Those of Cityscapes do not."""
+    record = DatasetCatalog.get("shapes_val")[0]
+    without = [{key: value for key, value in s.items() if key != "isthing"} for s in record["segments_info"]]
+    assert without != record["segments_info"]
+    models = [kmax_d2.load("shapes/quickstart", device="cpu")]
+    pages = [draw(each, models, None) for each in (record, record | {"segments_info": without})]
+    assert all(np.array_equal(one, other) for one, other in zip(*pages, strict=True))
 
 
 @pytest.mark.parametrize(

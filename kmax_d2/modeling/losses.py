@@ -19,7 +19,7 @@ MATCHED_WEIGHT = 0.75
 UNMATCHED_WEIGHT = 0.25
 DICE_SMOOTH = 1.0
 TEMPERATURE = 0.3
-SIMILARITY_BLOCK = 512
+SIMILARITY_BLOCK = 512  # samples; a block of their similarities should stay in a processor's cache
 
 
 def _mean_of_nonzero(losses: torch.Tensor) -> torch.Tensor:
@@ -138,8 +138,8 @@ def _exp_similarity_sums(rows: torch.Tensor, columns: torch.Tensor) -> tuple[tor
 def _log_partition(features: torch.Tensor) -> torch.Tensor:
     """log Σ_j exp(f_i·f_j/T) of features (B, k, C) of at most unit length, (B, k).
 
-    Similarity is symmetric, so blocks on and above the diagonal serve rows and columns.
-    The backward pass computes them again.
+    Similarity is symmetric, so blocks on and above the diagonal serve rows and columns. The backward pass computes them
+    again.
     """
     blocks = features.split(SIMILARITY_BLOCK, dim=1)
     partitions = [features.new_zeros(block.shape[:2]) for block in blocks]

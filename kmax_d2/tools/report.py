@@ -84,7 +84,8 @@ def draw(record: dict, models: Sequence[Predictor], error: Pair | None) -> list[
     scale = SIDE / min(image.shape[:2])
     size = round(image.shape[1] * scale), round(image.shape[0] * scale)
     image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    truth = [segment for segment in record["segments_info"] if not segment.get("iscrowd")]
+    things = set(metadata.thing_dataset_id_to_contiguous_id.values())  # which the records of Cityscapes do not say
+    truth = [s | {"isthing": s["category_id"] in things} for s in record["segments_info"] if not s.get("iscrowd")]
     maps = [(panoptic_png.read(record["pan_seg_file_name"]), truth)]
     maps += [segment(model, model.mapper(record)) for model in models]
     resized = [cv2.resize(ids.astype(np.int32), size, interpolation=cv2.INTER_NEAREST) for ids, _ in maps]
