@@ -251,13 +251,13 @@ def test_matched_log_probability_is_a_log_softmax_of_resized_logits(size):
     assert torch.equal(logits, before)
 
 
-def test_only_the_inputs_are_kept_for_the_backward_pass():
-    """Neither the similarities of all pairs of samples nor the resized logits of all queries."""
+def test_little_is_kept_for_the_backward_pass():
+    """The similarity of a pair of samples once, with two blocks for three quarters, and no resized logits."""
     targets = random_targets(pixels=1000)
     pixels = losses.sample_pixels(targets, 1000, 1.5)
     features = torch.randn(2, 1000, 6, requires_grad=True)
     kept = kept_bytes(lambda: losses.instance_discrimination_loss(features, pixels, targets))
-    assert kept < 0.1 * features.element_size() * 2 * 1000 * 1000
+    assert kept < 0.8 * features.element_size() * 2 * 1000 * 1000
 
     prediction, targets = random_prediction(), random_targets()
     matching = match(prediction.class_logits, prediction.mask_logits.flatten(2), targets)

@@ -131,20 +131,19 @@ def sample_features(feature_map: torch.Tensor, pixels: torch.Tensor, size: Seque
 def _exp_similarity_sums(rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums of exp(f_i·f_j/T) over j, (B, r), and over i, (B, c), of features (B, r, C) and (B, c, C)."""
     # Features are at most of unit length, so that no maximum has to be subtracted.
-    similarity = (rows / TEMPERATURE @ columns.mT).exp()
+    similarity = (rows / TEMPERATURE @ columns.mT).exp_()
     return similarity.sum(2), similarity.sum(1)
 
 
 def _log_partition(features: torch.Tensor) -> torch.Tensor:
     """log Σ_j exp(f_i·f_j/T) of features (B, k, C) of at most unit length, (B, k).
 
-    Similarity is symmetric, so blocks on and above the diagonal serve rows and columns. The backward pass computes them
-    again.
+    Similarity is symmetric, so blocks on and above the diagonal serve rows and columns.
     """
     blocks = features.split(SIMILARITY_BLOCK, dim=1)
     partitions = [features.new_zeros(block.shape[:2]) for block in blocks]
     for i, j in combinations_with_replacement(range(len(blocks)), 2):
-        by_row, by_column = checkpoint(_exp_similarity_sums, blocks[i], blocks[j], use_reentrant=False)
+        by_row, by_column = _exp_similarity_sums(blocks[i], blocks[j])
         partitions[i] = partitions[i] + by_row
         if i != j:
             partitions[j] = partitions[j] + by_column
