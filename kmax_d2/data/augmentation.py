@@ -1,7 +1,5 @@
 """Geometry of the training and test images, as Detectron2 augmentations."""
 
-from __future__ import annotations
-
 import cv2
 import numpy as np
 from detectron2.data.transforms import Augmentation, ResizeTransform

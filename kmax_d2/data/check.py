@@ -1,7 +1,5 @@
 """Finds everything that can be wrong with a panoptic dataset on disk in one pass, and collects its statistics."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """The color policy of the official training: one of five pairs of Pillow operations, a reduced AutoAugment."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

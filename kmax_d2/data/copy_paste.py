@@ -1,7 +1,5 @@
 """Panoptic copy-paste: segments of a second training image over the first, as in the paper and in MaX-DeepLab."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 import cv2

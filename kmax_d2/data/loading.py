@@ -1,7 +1,5 @@
 """The training loader: records, their paste sources, broken samples skipped, and random numbers by sample."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Maps dataset records to the model's inputs, for training and for test."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import cv2

@@ -4,8 +4,6 @@ Each PNG carries its own annotation as a text chunk and is written under a tempo
 complete, annotation included, or absent: an interrupted run resumes from the files that exist.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Segment ids as the colors of panoptic PNGs: id = R + 256 G + 256² B, and 0 is void (COCO's panoptic format)."""
 
-from __future__ import annotations
-
 import numpy as np
 
 NUM_IDS = 1 << 24  # distinct colors

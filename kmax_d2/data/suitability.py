@@ -1,7 +1,5 @@
 """Warns of what does not suit a model or a training in datasets that are sound."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 

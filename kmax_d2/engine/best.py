@@ -1,7 +1,5 @@
 """Keeps the best weights, and ends the training when they get no better."""
 
-from __future__ import annotations
-
 import logging
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What to say of a training that fails: the layer that is not finite, and what needs less memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Averaged weights: an exponential moving average (EMA) of all weights and batch statistics over training."""
 
-from __future__ import annotations
-
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from timm.utils import ModelEmaV3

@@ -1,7 +1,5 @@
 """Detectron2's launch, also under torchrun, with processes that end together and in order."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import multiprocessing

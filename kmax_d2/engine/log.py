@@ -1,7 +1,5 @@
 """Detectron2's log of a run."""
 
-from __future__ import annotations
-
 import logging
 import sys
 

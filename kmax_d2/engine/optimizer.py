@@ -1,7 +1,5 @@
 """What learns and how fast: AdamW with weight decay on kernels only, linear warmup, and polynomial decay."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

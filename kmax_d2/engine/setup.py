@@ -1,7 +1,5 @@
 """From a config name and options to a config that is ready to use, and from there to a model with weights."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

@@ -1,7 +1,5 @@
 """A signal ends training after the current step, with a checkpoint."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

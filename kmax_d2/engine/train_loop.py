@@ -1,7 +1,5 @@
 """The training step: mixed precision and parts of a batch if requested, and a stop before what is not finite."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time

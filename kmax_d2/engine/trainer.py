@@ -1,7 +1,5 @@
 """Detectron2's trainer with this project's data, optimizer, checkpoints and evaluators."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -1,7 +1,5 @@
 """What a run writes while it trains: a line of its progress, and metrics for trackers, which may fail."""
 
-from __future__ import annotations
-
 import importlib
 import logging
 import resource

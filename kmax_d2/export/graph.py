@@ -3,8 +3,6 @@
 They compute what :class:`~kmax_d2.modeling.KMaXDeepLab` does at test, for a batch of images of one size.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import nn

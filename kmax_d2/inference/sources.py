@@ -1,7 +1,5 @@
 """Images from wherever they are: files, addresses, and memory."""
 
-from __future__ import annotations
-
 import http.client
 import io
 import os

@@ -1,7 +1,5 @@
 """Axial attention with learned relative positions (Axial-DeepLab, ECCV 2020, Eq. 4), and the block around it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """From a config to the arguments and parts of a model."""
 
-from __future__ import annotations
-
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.registry import Registry

@@ -1,7 +1,5 @@
 """The training loss of the final and all auxiliary predictions against the ground truth of a batch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """The ablation's alternatives to k-means: softmax cross-attention, in two forms, and Gumbel-softmax assignment."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_tf_

@@ -1,7 +1,5 @@
 """The inputs of the model are checked before anything is computed."""
 
-from __future__ import annotations
-
 import numbers
 from collections.abc import Mapping
 from typing import Any

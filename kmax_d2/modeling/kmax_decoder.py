@@ -1,7 +1,5 @@
 """The kMaX decoders: cluster centers refined by k-means cross-attention, self-attention and a feed-forward net."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The meta-architecture: images to losses in training, to panoptic, semantic and instance segmentation at test."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ Every pixel is assigned to the one center whose mask logit is the largest; every
 its pixels' values.
 """
 
-from __future__ import annotations
-
 import torch
 from detectron2.utils.registry import Registry
 from timm.layers import trunc_normal_tf_

@@ -1,7 +1,5 @@
 """Small layers that every part of the model shares."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

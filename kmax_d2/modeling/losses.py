@@ -3,8 +3,6 @@
 Each loss is one value per image, (B,), before weighting.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import combinations_with_replacement
 

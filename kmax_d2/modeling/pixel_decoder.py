@@ -1,7 +1,5 @@
 """The enhanced pixel decoder: axial attention on the coarse maps, bottlenecks on the fine ones (Sec. 4.1)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """From the prediction for one image to Detectron2's results at the original size."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The predictor: pixels and cluster centers in, a class for each center and a mask logit for each pair out."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """The residual blocks of encoder and pixel decoder: one frame, and the bottleneck that fills it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The auxiliary semantic heads, used in training only."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable

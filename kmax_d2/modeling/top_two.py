@@ -1,7 +1,5 @@
 """The two best queries of each pixel, without the upsampled logits of all queries ever being whole in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Activation checkpointing: activations are computed again in the backward pass (https://arxiv.org/abs/1604.06174)."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Iterator

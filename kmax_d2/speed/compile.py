@@ -1,7 +1,5 @@
 """`torch.compile` of the network, in place: names of weights, checkpoints and classes stay as they are."""
 
-from __future__ import annotations
-
 import logging
 
 import torch

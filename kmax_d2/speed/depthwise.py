@@ -1,7 +1,5 @@
 """Depthwise convolutions with fast gradients on CPUs, where PyTorch's of the kernel takes ten times the convolution."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Batch norms folded into the convolutions and linear maps before them, for inference."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Freed memory kept by the process, on Linux with glibc."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform

@@ -1,7 +1,5 @@
 """The precision in which a model predicts: the products of its network in float32, TF32 or bfloat16."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """A built model made ready to train or to predict as its config asks for."""
 
-from __future__ import annotations
-
 import torch
 from detectron2.config import CfgNode
 from torch import nn

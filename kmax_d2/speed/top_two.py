@@ -1,7 +1,5 @@
 """On a GPU, the Triton kernel finds the two best queries of each pixel, where it runs."""
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Callable

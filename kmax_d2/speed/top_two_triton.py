@@ -1,7 +1,5 @@
 """The two best queries of each pixel in one Triton kernel: the upsampled logits never leave the registers."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

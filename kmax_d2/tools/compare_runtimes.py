@@ -7,8 +7,6 @@ run. With --others, Hugging Face's Mask2Former (ResNet-50) and EoMT (base) are t
 their conversion to a panoptic result. Runtimes take turns; seconds are medians.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 
 from ..command_line import ConfigParser, run_program

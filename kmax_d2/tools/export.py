@@ -8,8 +8,6 @@ row i - 1; with --what network class logits (B, N, K + 1) and mask logits (B, N,
 32k + 1 pixels a side. demo/onnx_demo.py runs such a file without PyTorch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """ADE20K's panoptic data, in the layout that Mask2Former prepares below $DETECTRON2_DATASETS."""
 
-from __future__ import annotations
-
 import os
 
 from detectron2.data.datasets.builtin_meta import ADE20K_SEM_SEG_CATEGORIES

@@ -1,7 +1,5 @@
 """Datasets in COCO panoptic format: a folder of images, a folder of PNGs, one JSON."""
 
-from __future__ import annotations
-
 import json
 import os
 import textwrap

@@ -1,7 +1,5 @@
 """COCO's images with other annotations of its classes: COCONut's (https://arxiv.org/abs/2404.08639) or a model's."""
 
-from __future__ import annotations
-
 import os
 
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES

@@ -1,7 +1,5 @@
 """Mapillary Vistas, versions 1.2 and 2.0, whose classes are read from its JSON when they are first needed."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

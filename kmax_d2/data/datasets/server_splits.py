@@ -1,7 +1,5 @@
 """COCO and Cityscapes test splits, whose ground truth only the benchmark servers have, for submissions."""
 
-from __future__ import annotations
-
 import json
 import os
 from functools import partial

@@ -5,8 +5,6 @@ Color says nothing about the class of a thing and little about the class of stuf
 textures and instances. Each image is a function of a seed and an index. The files are in COCO panoptic format.
 """
 
-from __future__ import annotations
-
 import colorsys
 import contextlib
 import os

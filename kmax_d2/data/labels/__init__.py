@@ -1,7 +1,5 @@
 """Reads labels as annotation tools write them: a file for each format, which is told by the content."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """COCO instance annotations: polygons, run lengths (compressed or not), and crowds."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from functools import partial
 from pathlib import Path

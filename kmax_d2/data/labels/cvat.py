@@ -1,7 +1,5 @@
 """CVAT for images 1.1: one XML with the polygons, boxes, and masks of all images."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from xml.etree import ElementTree
 

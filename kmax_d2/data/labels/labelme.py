@@ -1,7 +1,5 @@
 """LabelMe: a JSON for each image, with polygons, rectangles, and masks."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -1,7 +1,5 @@
 """PNGs whose values are classes, or class · 1000 + instance as in Cityscapes, or pairs of both as in Pascal VOC."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from functools import partial

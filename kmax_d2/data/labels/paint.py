@@ -1,7 +1,5 @@
 """What the readers have in common: regions of an image, and how they become an id map."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """YOLO segmentation: a data.yaml with the classes, and for each image a text file with a polygon on each line."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

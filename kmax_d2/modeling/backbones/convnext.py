@@ -1,7 +1,5 @@
 """ConvNeXt (https://arxiv.org/abs/2201.03545) on timm's stages, padded so that sides of 32k + 1 keep their ends."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -4,8 +4,6 @@ ResNet is as kMaX-DeepLab trains it: no max pool, a strided first block in every
 that of torchvision, timm and Detectron2, is an option: the same weights fit both.
 """
 
-from __future__ import annotations
-
 import math
 from collections import OrderedDict
 from collections.abc import Sequence

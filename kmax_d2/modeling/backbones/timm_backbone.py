@@ -1,7 +1,5 @@
 """Any timm model with feature maps, and any vision transformer, as a pixel encoder."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """ViTDet's simple feature pyramid (https://arxiv.org/abs/2203.16527) on a vision transformer of timm."""
 
-from __future__ import annotations
-
 import torch
 from detectron2.modeling.backbone import Backbone
 from timm.models import FeatureInfo
