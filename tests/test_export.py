@@ -183,13 +183,13 @@ def test_any_size_and_batch(drawn, tmp_path, kind, ending, run):
 def test_runtimes_side_by_side(capsys):
     compare_runtimes.main(["--config-file", "shapes/quickstart", "--sizes", "65", "--repeats", "1"])
     rows = [row.split("|")[1:4] for row in capsys.readouterr().out.splitlines() if row.startswith("| ")]
-    seconds = {name.strip(): float(value) for name, value, _ in rows[1:]}
+    table = {name.strip(): (float(seconds), float(ratio)) for name, seconds, ratio in rows[1:]}
     runtimes = {"ONNX Runtime, float32", *(f"OpenVINO, {precision}" for precision in ("float32", "bfloat16", "int8"))}
-    assert seconds.keys() > runtimes
-    assert all(
-        float(ratio) == pytest.approx(seconds[name.strip()] / seconds["ResNet-50 body"], rel=0.1)
-        for name, _, ratio in rows[1:]
-    )
+    assert table.keys() > runtimes
+    body, one = table["ResNet-50 body"]
+    assert one == 1
+    for seconds, ratio in table.values():  # to three digits and two
+        assert seconds > 0 and seconds == pytest.approx(ratio * body, abs=0.001 * (1 + ratio) + 0.01 * body)
 
 
 @pytest.mark.slow
@@ -201,8 +201,8 @@ def test_every_config(config, tmp_path):
     kmax = cfg.MODEL.KMAX
     kmax.RESNET.BLOCKS = kmax.MAXS.BLOCKS = kmax.CONVNEXT.DEPTHS = [1, 1, 1, 1]
     kmax.PIXEL_DECODER.BLOCKS = [1] * len(kmax.PIXEL_DECODER.BLOCKS)
-    if kmax.NUM_CLASSES == 0:
-        kmax.NUM_CLASSES = 19
+    if kmax.NUM_CLASSES == 0:  # the classes are the data's
+        kmax.NUM_CLASSES, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = 5, (), ("shapes_val",)
     model = build_model(cfg).eval()
     images = torch.from_numpy(random_images(1, 65, 65))
     for graph_of, names in ((NetworkGraph, export.OUTPUTS["network"]), (PanopticGraph, export.OUTPUTS["panoptic"])):
