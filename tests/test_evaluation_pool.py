@@ -1,5 +1,6 @@
 """Evaluation in other processes: order, errors, and an end in every case."""
 
+import gc
 import multiprocessing
 import os
 import time
@@ -74,3 +75,15 @@ def test_an_error_is_raised_and_the_pool_can_go_on():
     pool.submit(int, "7")
     pool.finish()
     assert results == [7]
+
+
+def test_the_processes_of_a_pool_that_is_given_up_end():
+    """As after an error in another evaluator, in a notebook that goes on."""
+    before = set(multiprocessing.active_children())
+    pool = EvaluationPool(print)
+    pool.submit(abs, 0)
+    processes = set(multiprocessing.active_children()) - before
+    assert processes
+    del pool
+    gc.collect()
+    assert not processes & set(multiprocessing.active_children())

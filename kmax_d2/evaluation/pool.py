@@ -34,10 +34,10 @@ class EvaluationPool:
             # Forked processes start at once; fresh ones would each import PyTorch for seconds.
             fork = multiprocessing.get_context("fork")
             self.pool = ProcessPoolExecutor(self.workers, mp_context=fork, initializer=serve_parent)
-            # A rank that fails would wait for its processes forever, and the other ranks for it. End the processes
-            # before their queues are closed, which multiprocessing does at priority 10.
+            # A rank that fails would wait for its processes forever, and the other ranks for it. End the processes with
+            # this object, or before their queues are closed, which multiprocessing does at priority 10.
             end = {"cancel_futures": True}
-            self.at_exit = multiprocessing.util.Finalize(None, self.pool.shutdown, kwargs=end, exitpriority=100)
+            self.at_exit = multiprocessing.util.Finalize(self, self.pool.shutdown, kwargs=end, exitpriority=100)
         while self.pending and (self.pending[0].done() or len(self.pending) >= PENDING * self.workers):
             self.collect(self.pending.popleft().result())
         self.pending.append(self.pool.submit(function, *arguments))
