@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(str(file.relative_to(ROOT / "configs"))[:-5] for file in (ROOT / "configs").rglob("*.yaml"))
 SIZE = (72, 104)
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
+needs_export = pytest.mark.skipif(not hasattr(torch.export.Dim, "AUTO"), reason="exporting needs PyTorch 2.6")
 
 
 def random_images(batch, height, width, seed=0):
@@ -104,6 +105,7 @@ def drawn(tmp_path_factory):
     return np.stack([np.asarray(Image.open(f).resize(SIZE[::-1])) for f in sorted((folder / "val").iterdir())])
 
 
+@needs_export
 @pytest.mark.parametrize("run", [run_onnx, run_openvino])
 def test_from_image_to_panoptic_result(onnx_file, drawn, run):
     expected = expected_of(drawn)
@@ -119,6 +121,7 @@ runpy.run_path(sys.argv[1])["main"](sys.argv[2:])
 """
 
 
+@needs_export
 def test_the_demo_needs_no_pytorch(onnx_file, drawn, tmp_path):
     Image.fromarray(drawn[0]).save(tmp_path / "image.png")
     script, image, output = ROOT / "demo" / "onnx_demo.py", tmp_path / "image.png", tmp_path / "out.png"
@@ -170,6 +173,7 @@ def test_an_existing_file_stays(tmp_path, kind, name):
     assert (tmp_path / name).read_text() == "mine"
 
 
+@needs_export
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, ending, run", [("onnx", "onnx", run_onnx), ("openvino", "xml", run_openvino)])
 def test_any_size_and_batch(drawn, tmp_path, kind, ending, run):
@@ -179,6 +183,7 @@ def test_any_size_and_batch(drawn, tmp_path, kind, ending, run):
         assert_same(run(file, images), expected_of(images))
 
 
+@needs_export
 @pytest.mark.slow
 def test_runtimes_side_by_side(capsys):
     compare_runtimes.main(["--config-file", "shapes/quickstart", "--sizes", "65", "--repeats", "1"])
@@ -192,6 +197,7 @@ def test_runtimes_side_by_side(capsys):
         assert seconds > 0 and seconds == pytest.approx(ratio * body, abs=0.001 * (1 + ratio) + 0.01 * body)
 
 
+@needs_export
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [name for name in CONFIGS if "base" not in name])
 def test_every_config(config, tmp_path):
