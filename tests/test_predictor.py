@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import supervision
 import torch
 from detectron2.data import DatasetCatalog
 from PIL import Image
@@ -113,6 +114,20 @@ def test_pictures_and_coco(predict, files, tmp_path):
     for info, segment in zip(annotation["segments_info"], result.panoptic.segments, strict=True):
         assert ids[info["category_id"]] == segment.class_name
         assert (info["bbox"][2], info["area"]) == (segment.box[2] - segment.box[0], segment.area)
+
+
+def test_detections_of_supervision(predict, files):
+    result = predict(files[2])
+    detections = result.to_supervision()
+    assert isinstance(detections, supervision.Detections)
+    segments = result.panoptic.segments
+    assert len(detections) == len(segments) > 1
+    assert detections.data["class_name"].tolist() == [segment.class_name for segment in segments]
+    assert detections.mask.sum((1, 2)).tolist() == [segment.area for segment in segments]
+    inclusive = supervision.mask_to_xyxy(detections.mask)  # of the last pixels
+    assert np.array_equal(detections.xyxy, inclusive + np.array([0, 0, 1, 1]))
+    picture = supervision.MaskAnnotator().annotate(result.image[..., ::-1].copy(), detections)
+    assert (picture != result.image[..., ::-1]).any()
 
 
 @pytest.fixture(scope="module")
