@@ -257,7 +257,7 @@ def test_counts_without_waiting():
 
 
 @pytest.mark.skipif(
-    torch.__version__ < (2, 6) and not torch.cuda.is_available(), reason="fake CUDA tensors of PyTorch 2.4 need a GPU"
+    torch.__version__ < "2.6" and not torch.cuda.is_available(), reason="fake CUDA tensors of PyTorch 2.4 need a GPU"
 )
 def test_nothing_waits_for_a_gpu_but_the_one_transfer():
     """A fake tensor has a device and no values, so whatever asks for one fails."""

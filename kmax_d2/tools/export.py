@@ -78,7 +78,7 @@ def to_onnx(graph: nn.Module, example: torch.Tensor, dynamic: bool, outputs: Seq
 
 def to_torch(graph: nn.Module, example: torch.Tensor, dynamic: bool) -> torch.export.ExportedProgram:
     """Returns PyTorch's exported program. Raises UserError if PyTorch is too old."""
-    if torch.__version__ < (2, 7):
+    if torch.__version__ < "2.7":
         raise UserError(f"this format needs PyTorch 2.7 or newer, and here is {torch.__version__}")
     any_size = torch.export.Dim.AUTO
     shapes = {"images": {0: any_size, 1: any_size, 2: any_size}} if dynamic else None
