@@ -2,7 +2,9 @@
 
 import ast
 import itertools
+import os
 import re
+import subprocess
 import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -59,3 +61,27 @@ def test_the_oldest_versions_are_tested(project):
     pinned = {normalized(name): version for name, version in (line.split("==") for line in lines if "==" in line)}
     for name, oldest in requirements(project["dependencies"]).items():
         assert pinned[name].startswith(oldest), name
+
+
+ON_WINDOWS = """
+import multiprocessing, os, sys
+sys.modules["resource"] = None  # importing it fails
+for name in ("fork", "setpgrp", "sched_getaffinity"):
+    delattr(os, name)
+import kmax_d2.engine, kmax_d2.evaluation, kmax_d2.inference
+from kmax_d2.engine.writers import peak_memory
+from kmax_d2.evaluation.pool import EvaluationPool
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    print(peak_memory())
+    pool = EvaluationPool(print)
+    pool.submit(abs, -7)
+    pool.finish()
+"""
+
+
+def test_it_runs_without_what_windows_lacks(tmp_path):
+    (tmp_path / "windows.py").write_text(ON_WINDOWS)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, tmp_path / "windows.py"], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["0.0", "7"], done.stderr

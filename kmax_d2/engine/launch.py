@@ -107,7 +107,7 @@ def _signals_passed_on(received: list[int]) -> Iterator[None]:
 
 def _run(function: Callable, args: tuple) -> None:
     keep_freed_memory()  # in every process
-    if multiprocessing.parent_process() is not None:
+    if multiprocessing.parent_process() is not None and hasattr(os, "setpgrp"):
         os.setpgrp()  # Ctrl-C reaches the parent, which passes it on once
     function(*args)
     if dist.is_initialized():

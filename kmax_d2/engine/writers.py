@@ -2,7 +2,6 @@
 
 import importlib
 import logging
-import resource
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -45,9 +44,13 @@ class Progress(EventWriter):
 
 
 def peak_memory() -> float:
-    """Returns the most memory that this process has used, in GB: of the GPU if there is one."""
+    """Returns the most memory that this process has used, in GB: of the GPU if there is one. On Windows, it is 0."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size / (2**30 if sys.platform == "darwin" else 2**20)  # macOS counts bytes, Linux kB
 
