@@ -63,9 +63,6 @@ def _one_line(error: BaseException) -> str:
     return ""
 
 
-class HideUserErrors(logging.Filter):
-    """Keeps the traceback of a UserError, which is reported as one line, out of a log."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Returns False for a record that logs a UserError."""
-        return not (record.exc_info and isinstance(record.exc_info[1], UserError))
+def hide_user_errors(record: logging.LogRecord) -> bool:
+    """Filters a log: no traceback of a UserError, which is reported as one line."""
+    return not (record.exc_info and isinstance(record.exc_info[1], UserError))

@@ -95,8 +95,8 @@ def get(name: str, trained: bool = False, device: str | None = None) -> nn.Modul
 
     Args:
         name: such as "coco/r50".
-        trained: whether to load the trained weights, which are downloaded once, except for "shapes/quickstart", whose
-            weights are included; else those that training starts from.
+        trained: whether to load the trained weights, which are downloaded once unless they are included; else those
+            that training starts from.
         device: such as "cpu"; None uses a GPU if there is one.
 
     Raises:

@@ -17,8 +17,10 @@ import pytest
 import small
 import torch
 from detectron2.engine import HookBase
+from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from runs import ROOT, arguments, start_train_net, train_net, write_own_data
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from kmax_d2.checkpoint import newest_checkpoint
 from kmax_d2.engine import Trainer, launch, setup
@@ -143,25 +145,41 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_a_status_of_its_own(own_dat
     assert list(run(own_data, tmp_path, SOLVER__MAX_ITER=steps)) == [steps - 2, steps - 1]
 
 
-@pytest.mark.parametrize("done", [0, BREAK])
-def test_an_error_of_the_user_ends_the_run_with_a_checkpoint_of_its_last_step(tmp_path, done):
-    class Vanish(HookBase):
-        def before_step(self):
-            if self.trainer.iter == done:
-                (tmp_path / "train").rename(tmp_path / "gone")
+class FailBefore(HookBase):
+    """Raises an error before a step, in the last process."""
 
-    own_data = write_own_data(tmp_path)
-    if done:
-        run(own_data, tmp_path / "whole")
+    def __init__(self, step, error):
+        self.step, self.error = step, error
+
+    def before_step(self):
+        if self.trainer.iter == self.step and comm.get_rank() == comm.get_world_size() - 1:
+            raise self.error
+
+
+def run_to_an_error(own_data, folder, error, step=BREAK):
     seed_all_rng(1)
-    trainer = Trainer(setup(arguments(own_data, OUTPUT_DIR=str(tmp_path / "broken"), SOLVER__MAX_ITER=STEPS)))
-    trainer.register_hooks([Vanish()])
-    with pytest.raises(UserError, match="cannot read the image"):
-        trainer.train()
-    names = [f"model_{BREAK - 1:07d}.pth"] if done else []
-    assert [file.name for file in (tmp_path / "broken").glob("*.pth")] == names
-    for name in names:
-        assert_same(*(loaded(tmp_path / folder / name) for folder in ("whole", "broken")))
+    trainer = Trainer(setup(arguments(own_data, OUTPUT_DIR=str(folder), SOLVER__MAX_ITER=STEPS)))
+    trainer.register_hooks([FailBefore(step, error)])
+    trainer.train()
+
+
+@pytest.mark.parametrize("error", [UserError("the image is gone"), ZeroDivisionError("a mistake in a module")])
+def test_an_error_ends_the_run_with_a_checkpoint_of_its_last_step(own_data, tmp_path, error):
+    with pytest.raises(type(error)):
+        run_to_an_error(own_data, tmp_path / "none", error, step=0)
+    assert not list((tmp_path / "none").glob("*.pth"))
+    run(own_data, tmp_path / "whole")
+    with pytest.raises(type(error)):
+        run_to_an_error(own_data, tmp_path / "broken", error)
+    (file,) = (tmp_path / "broken").glob("*.pth")
+    assert_same(loaded(tmp_path / "whole" / file.name), loaded(file))
+
+
+@pytest.mark.slow
+def test_an_error_in_another_process_too(own_data, tmp_path):
+    with pytest.raises(ProcessRaisedException, match="a mistake"):
+        launch(run_to_an_error, 2, dist_url="auto", args=(own_data, tmp_path, ValueError("a mistake")))
+    assert [file.name for file in tmp_path.glob("*.pth")] == [f"model_{BREAK - 1:07d}.pth"]
 
 
 def refusal(own_data, folder, *options, **changes):

@@ -30,7 +30,8 @@ class TrainLoop(SimpleTrainer):
 
     Attributes:
         samples: the number of samples that the run has used, over all processes.
-        last_step: the last iteration that was done; None before the first one here, and once one was not finite.
+        last_step: the last iteration that was done; None before the first one here, while the weights change, and once
+            a step was not finite.
     """
 
     def __init__(self, model, data_loader, optimizer, seed: int, precision: str = "float32", parts: int = 1):
@@ -57,6 +58,7 @@ class TrainLoop(SimpleTrainer):
             losses = {name: losses.get(name, 0) + loss.detach() for name, loss in terms.items()}
         self._check(losses, batch)
         self._write_metrics(losses, data_time)
+        self.last_step = None
         self.grad_scaler.unscale_(self.optimizer)  # which may clip gradients in its step
         self.grad_scaler.step(self.optimizer)
         scale = self.grad_scaler.get_scale()

@@ -26,7 +26,7 @@ from ..checkpoint.origin import describe_model
 from ..data import MAPPER_REGISTRY, PanopticTestMapper, WithPasteSource
 from ..data.check import require_readable
 from ..data.loading import SkipBroken, build_seeded_loader, skip_samples, training_records
-from ..errors import HideUserErrors, UserError
+from ..errors import UserError, hide_user_errors
 from ..evaluation import build_evaluator, require_evaluation
 from ..options import check
 from ..speed import training_model, use_precision
@@ -143,23 +143,23 @@ class Trainer(DefaultTrainer):
         return results
 
     def train(self) -> dict:
-        """Trains from start_iter to max_iter. If a UserError ends the run, a checkpoint of its last step is saved.
+        """Trains from start_iter to max_iter. If an error ends the run, a checkpoint of its last step is saved.
 
         Returns the results of the last evaluation, in the main process; none if a subclass left evaluation out.
         """
         self.require_test_data(self.cfg)
-        log, hide = logging.getLogger(TrainerBase.__module__), HideUserErrors()
-        log.addFilter(hide)
+        log = logging.getLogger(TrainerBase.__module__)
+        log.addFilter(hide_user_errors)
         try:
             super().train()
         except EndedEarly:
             pass
-        except UserError:
-            with contextlib.suppress(UserError):  # the first error is the one to report
+        except Exception:
+            with contextlib.suppress(Exception):  # the first error is the one to report
                 self.save_last_step()
             raise
         finally:
-            log.removeFilter(hide)
+            log.removeFilter(hide_user_errors)
         return getattr(self, "_last_eval_results", {})
 
     def resume_or_load(self, resume: bool = True) -> None:
