@@ -146,7 +146,8 @@ def test_the_command_line_trains_and_evaluates_averaged_weights(own_data, tmp_pa
     torch.testing.assert_close(dict(averaged), average(steps, [0.5]))
     logged = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()][-1]
 
-    cfg = setup(arguments(own_data, MODEL__WEIGHTS=str(tmp_path / "model_final_ema.pth")))
+    weights = str(tmp_path / "model_final_ema.pth")
+    cfg = setup(arguments(own_data, OUTPUT_DIR=str(tmp_path / "again"), MODEL__WEIGHTS=weights))
     model = Trainer.build_model(cfg)
     model.load_state_dict(averaged)
     assert Trainer.test(cfg, model)["sem_seg"]["mIoU"] == pytest.approx(logged["ema/sem_seg/mIoU"], abs=1e-6)
