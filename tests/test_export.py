@@ -20,6 +20,7 @@ from kmax_d2.engine import load_config
 from kmax_d2.errors import UserError
 from kmax_d2.export import NetworkGraph, PanopticGraph, merge
 from kmax_d2.modeling.merging import MaskWiseMerging
+from kmax_d2.speed import fold_batch_norms
 from kmax_d2.tools import compare_runtimes, export
 
 IS_THING = [True] * 3 + [False] * 4
@@ -197,11 +198,8 @@ def test_runtimes_side_by_side(capsys):
         assert seconds > 0 and seconds == pytest.approx(ratio * body, abs=0.001 * (1 + ratio) + 0.01 * body)
 
 
-@needs_export
-@pytest.mark.slow
-@pytest.mark.parametrize("config", [name for name in CONFIGS if "base" not in name])
-def test_every_config(config, tmp_path):
-    """Its widths and options with one block a stage: the network agrees in both runtimes, and so do the masks."""
+def few_blocks(config):
+    """A model with the widths and options of a config and one block a stage."""
     few = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.KMAX.NORM", "BN", "MODEL.KMAX.TIMM.PRETRAINED", False]
     cfg = load_config(config, few)
     kmax = cfg.MODEL.KMAX
@@ -209,7 +207,28 @@ def test_every_config(config, tmp_path):
     kmax.PIXEL_DECODER.BLOCKS = [1] * len(kmax.PIXEL_DECODER.BLOCKS)
     if kmax.NUM_CLASSES == 0:  # the classes are the data's
         kmax.NUM_CLASSES, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = 5, (), ("shapes_val",)
-    model = build_model(cfg).eval()
+    return build_model(cfg).eval()
+
+
+@needs_export
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["coco/r50", "coco/convnext_t", "camvid/street", "coco/vit_b_dinov3"])
+def test_half_precision_in_onnx(config, tmp_path):
+    model, images = few_blocks(config), torch.from_numpy(random_images(1, 65, 65))
+    graph = NetworkGraph(fold_batch_norms(model, torch.float16), torch.float16).eval()
+    with torch.no_grad(), export.quiet():
+        onnx.save(export.to_onnx(graph, images, False, export.OUTPUTS["network"]), tmp_path / "model.onnx")
+        expected = [each.numpy() for each in NetworkGraph(model).eval()(images)]
+    for one, other in zip(run_onnx(str(tmp_path / "model.onnx"), images.numpy()), expected, strict=True):
+        assert np.abs(one - other).max() <= 0.02 * np.abs(other).max()
+
+
+@needs_export
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [name for name in CONFIGS if "base" not in name])
+def test_every_config(config, tmp_path):
+    """Its widths and options with one block a stage: the network agrees in both runtimes, and so do the masks."""
+    model = few_blocks(config)
     images = torch.from_numpy(random_images(1, 65, 65))
     for graph_of, names in ((NetworkGraph, export.OUTPUTS["network"]), (PanopticGraph, export.OUTPUTS["panoptic"])):
         graph = graph_of(model).eval()

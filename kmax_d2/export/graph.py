@@ -3,6 +3,9 @@
 They compute what :class:`~kmax_d2.modeling.KMaXDeepLab` does at test, for a batch of images of one size.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -10,6 +13,12 @@ from torch import nn
 from ..modeling import KMaXDeepLab
 from ..modeling.layers import padded_side
 from ..modeling.merging import MaskWiseMerging
+
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+
+
+def _in_float32(norm: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    return norm(x.float()).to(x.dtype)
 
 
 class NetworkGraph(nn.Module):
@@ -27,6 +36,9 @@ class NetworkGraph(nn.Module):
         self.backbone, self.pixel_decoder = model.backbone, model.pixel_decoder
         self.transformer_decoder = model.transformer_decoder
         self.dtype = dtype
+        if dtype == torch.float16:  # ONNX has no norm of float16 by float32 weights, as autocast has
+            for norm in [module for module in self.modules() if isinstance(module, NORMS)]:
+                norm.forward = functools.partial(_in_float32, norm.forward)
         self.register_buffer("mean", model.pixel_mean.clone())
         self.register_buffer("std", model.pixel_std.clone())
 
