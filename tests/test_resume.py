@@ -1,5 +1,6 @@
 """A run that was interrupted goes on as if nothing had happened; some of the interruptions are real."""
 
+import functools
 import os
 import re
 import shlex
@@ -145,40 +146,48 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_a_status_of_its_own(own_dat
     assert list(run(own_data, tmp_path, SOLVER__MAX_ITER=steps)) == [steps - 2, steps - 1]
 
 
-class FailBefore(HookBase):
-    """Raises an error before a step, in the last process."""
+class DoBefore(HookBase):
+    """Does something before a step, in the last process."""
 
-    def __init__(self, step, error):
-        self.step, self.error = step, error
+    def __init__(self, step, action):
+        self.step, self.action = step, action
 
     def before_step(self):
         if self.trainer.iter == self.step and comm.get_rank() == comm.get_world_size() - 1:
-            raise self.error
+            self.action()
 
 
-def run_to_an_error(own_data, folder, error, step=BREAK):
+def make_a_mistake():
+    raise ZeroDivisionError("a mistake in a module")
+
+
+def run_to_an_error(own_data, folder, step, action):
     seed_all_rng(1)
     trainer = Trainer(setup(arguments(own_data, OUTPUT_DIR=str(folder), SOLVER__MAX_ITER=STEPS)))
-    trainer.register_hooks([FailBefore(step, error)])
+    trainer.register_hooks([DoBefore(step, action)])
     trainer.train()
 
 
-@pytest.mark.parametrize("error", [UserError("the image is gone"), ZeroDivisionError("a mistake in a module")])
-def test_an_error_ends_the_run_with_a_checkpoint_of_its_last_step(own_data, tmp_path, error):
-    with pytest.raises(type(error)):
-        run_to_an_error(own_data, tmp_path / "none", error, step=0)
-    assert not list((tmp_path / "none").glob("*.pth"))
-    run(own_data, tmp_path / "whole")
-    with pytest.raises(type(error)):
-        run_to_an_error(own_data, tmp_path / "broken", error)
-    (file,) = (tmp_path / "broken").glob("*.pth")
-    assert_same(loaded(tmp_path / "whole" / file.name), loaded(file))
+@pytest.mark.parametrize("done", [0, BREAK])
+@pytest.mark.parametrize("of_the_user", [True, False])
+def test_an_error_ends_the_run_with_a_checkpoint_of_its_last_step(tmp_path, done, of_the_user):
+    own_data = write_own_data(tmp_path)
+    if done:
+        run(own_data, tmp_path / "whole")
+    vanish = functools.partial((tmp_path / "train").rename, tmp_path / "gone")
+    kind, message = (UserError, "cannot read the image") if of_the_user else (ZeroDivisionError, "a mistake")
+    with pytest.raises(kind, match=message):
+        run_to_an_error(own_data, tmp_path / "broken", done, vanish if of_the_user else make_a_mistake)
+    names = [f"model_{BREAK - 1:07d}.pth"] if done else []
+    assert [file.name for file in (tmp_path / "broken").glob("*.pth")] == names
+    for name in names:
+        assert_same(*(loaded(tmp_path / folder / name) for folder in ("whole", "broken")))
 
 
 @pytest.mark.slow
 def test_an_error_in_another_process_too(own_data, tmp_path):
     with pytest.raises(ProcessRaisedException, match="a mistake"):
-        launch(run_to_an_error, 2, dist_url="auto", args=(own_data, tmp_path, ValueError("a mistake")))
+        launch(run_to_an_error, 2, dist_url="auto", args=(own_data, tmp_path, BREAK, make_a_mistake))
     assert [file.name for file in tmp_path.glob("*.pth")] == [f"model_{BREAK - 1:07d}.pth"]
 
 

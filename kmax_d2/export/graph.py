@@ -28,7 +28,8 @@ class NetworkGraph(nn.Module):
 
     Args:
         model: in inference mode, with batch norms folded in this type.
-        dtype: of the network's products, by autocast; logits are float32.
+        dtype: of the network's products, by autocast; logits are float32. For float16, the model's norms are changed in
+            place to compute in float32.
     """
 
     def __init__(self, model: KMaXDeepLab, dtype: torch.dtype = torch.float32):
