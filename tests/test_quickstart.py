@@ -34,7 +34,7 @@ def test_it_draws_trains_evaluates_and_leaves_results_and_pictures(tmp_path, sha
     assert len(pictures) == 8
     assert min(Image.open(pictures[0]).size) > 400
     assert (output / "model_final.pth").is_file()
-    assert "3/3" in run.stderr
+    assert "iteration 3 of 3: total_loss" in run.stdout
     assert "Traceback" not in run.stderr
     again = quickstart(output, shapes_cache, "SOLVER.MAXITER", 3)
     assert again.returncode == 1

@@ -2,15 +2,16 @@
 
 import itertools
 import logging
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_train_loader, get_detection_dataset_dicts
 from detectron2.data.common import ToIterableDataset
 from detectron2.utils import comm
-from detectron2.utils.env import seed_all_rng
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from ..errors import UserError
@@ -124,7 +125,12 @@ class NumberedSampler(Sampler):
 
 def seed_by(*numbers: int) -> None:
     """Seeds Python, NumPy, and PyTorch by several numbers of which each matters."""
-    seed_all_rng(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed notes a traceback for each device that is not used
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 def build_seeded_loader(cfg: CfgNode, dataset: Any, mapper: Callable[[dict], dict | None]) -> Iterable[list[dict]]:

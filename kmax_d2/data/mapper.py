@@ -1,5 +1,6 @@
 """Maps dataset records to the model's inputs, for training and for test."""
 
+import mmap
 from collections.abc import Sequence
 
 import cv2
@@ -66,8 +67,8 @@ def read_segments(record: dict) -> tuple[np.ndarray, list[int]]:
             classes.append(category)
             label = stuff[category] = len(classes)
         label_of_id[id_] = label
-    # A table of all ids is faster than a search, and cheap: memory pages that are never touched are never allocated.
-    table = np.zeros(NUM_IDS, np.int16)
+    # A table of all ids is faster than a search, and cheap: mapped pages that are never touched are never allocated.
+    table = np.frombuffer(mmap.mmap(-1, 2 * NUM_IDS), np.int16)
     table[list(label_of_id)] = np.array(list(label_of_id.values())) + 1
     labels = table[ids] - np.int16(1)
     unknown = labels < 0

@@ -81,7 +81,8 @@ class TrainLoop(SimpleTrainer):
         """Raises UserError that names the terms and the layer that are not finite, and the images of the batch."""
         terms = dict(losses)
         if not self.grad_scaler.is_enabled():  # which looks for itself
-            gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+            weights = (weight for group in self.optimizer.param_groups for weight in group["params"])
+            gradients = [weight.grad for weight in weights if weight.grad is not None]
             terms["norm of the gradient"] = torch.stack(torch._foreach_norm(gradients)).norm()
         values = torch.stack(list(terms.values())).tolist()
         bad = [f"{name} = {value}" for name, value in zip(terms, values, strict=True) if not math.isfinite(value)]

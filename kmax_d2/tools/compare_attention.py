@@ -26,14 +26,14 @@ from detectron2.utils.env import seed_all_rng
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from ..engine import ready_config
+from ..engine import Trainer, ready_config
 from ..engine.log import quiet_log
 from ..errors import UserError
 from ..files import make_folder, write_json
-from .quickstart import CONFIG, QuickstartTrainer
+from .quickstart import CONFIG
 
 ATTENTIONS = {"KMeansCrossAttention": "k-means", "SoftmaxCrossAttention": "spatial softmax"}
-DEFAULTS = ("SOLVER.MAX_ITER", 1000, "TEST.EVAL_PERIOD", 100)
+DEFAULTS = ("SOLVER.MAX_ITER", 1000, "TEST.EVAL_PERIOD", 100, "TEST.PICTURES", 0)
 PANOPTIC_ONLY = ("MODEL.KMAX.TEST.SEMANTIC_ON", False, "MODEL.KMAX.TEST.INSTANCE_ON", False)
 
 
@@ -49,9 +49,9 @@ def train(cfg: CfgNode) -> dict[int, float]:
     curve_file = folder / "curve.json"
     if not curve_file.is_file():
         seed_all_rng(cfg.SEED)
-        trainer = QuickstartTrainer(cfg)
+        trainer = Trainer(cfg)
         trainer.train()
-        evaluated = trainer.storage.history("panoptic_seg/PQ").values()
+        evaluated = trainer.storage.history("ema/" * cfg.SOLVER.EMA.ENABLED + "panoptic_seg/PQ").values()
         # An evaluation during training runs before the iteration is counted.
         curve = {min(iteration + 1, cfg.SOLVER.MAX_ITER): pq for pq, iteration in evaluated}
         write_json(curve_file, curve)
