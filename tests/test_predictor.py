@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import supervision
 import torch
+import yaml
 from detectron2.data import DatasetCatalog
 from PIL import Image
 from published import server
@@ -175,6 +176,16 @@ def test_what_a_checkpoint_tells(trained):
     merge_checkpoint(cfg, str(folder / "model_final.pth"))
     assert cfg.MODEL.KMAX.RESNET.WIDTHS == trainer.cfg.MODEL.KMAX.RESNET.WIDTHS
     assert cfg.DATASETS.TEST[0] in DatasetCatalog
+
+
+def test_a_checkpoint_made_with_another_version_of_detectron2(trained, tmp_path):
+    content = torch.load(trained[0] / "model_final.pth", weights_only=True)
+    saved = yaml.safe_load(content["kmax_d2"]["options"])
+    saved["MODEL"]["ROI_BOX_HEAD"]["OF_ANOTHER_VERSION"] = 0.5
+    content["kmax_d2"]["options"] = yaml.safe_dump(saved)
+    torch.save(content, tmp_path / "other.pth")
+    one, other = load_config(str(trained[0] / "model_final.pth")), load_config(str(tmp_path / "other.pth"))
+    assert one.MODEL.KMAX == other.MODEL.KMAX != load_config("").MODEL.KMAX
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from detectron2.data import MetadataCatalog
 
 from ..data.datasets import coco_panoptic
 from ..errors import UserError
-from ..options import default_config, merge, merge_pairs, option_values
+from ..option_rules import RULES
+from ..options import default_config, merge_pairs, option_values
 from .formats import read_entries
 
 ENTRY = "kmax_d2"  # of the checkpoint
@@ -36,7 +37,10 @@ def merge_checkpoint(cfg: CfgNode, file: str) -> None:
     entry = read_entries(file).get(ENTRY)
     if not entry:
         raise UserError(f"{file} has weights, but not their config: name the config, and {file} as its weights")
-    merge(cfg, yaml.safe_load(entry["options"]))
+    known = RULES.keys() | dict(option_values(cfg))
+    saved = option_values(CfgNode(yaml.safe_load(entry["options"])))
+    # Another version of Detectron2 has options of its own, which nothing here reads.
+    merge_pairs(cfg, [part for pair in saved if pair[0] in known for part in pair])
     cfg.MODEL.WEIGHTS = file
     cfg.INPUT.MIN_SIZE_TEST = cfg.INPUT.MAX_SIZE_TEST = -1  # computed again: further options may change the crop
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()

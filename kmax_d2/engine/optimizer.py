@@ -1,22 +1,20 @@
 """What learns and how fast: AdamW with weight decay on kernels only, linear warmup, and polynomial decay."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
-from detectron2.solver import LRMultiplier, get_default_optimizer_params
+from detectron2.solver import LRMultiplier
 from detectron2.solver.build import maybe_add_gradient_clipping
 from fvcore.common.param_scheduler import CompositeParamScheduler, LinearParamScheduler, PolynomialDecayParamScheduler
 from torch import nn
 
 from ..errors import UserError
 
-# Last part of the names of parameters that are not kernels; biases and norms are known to Detectron2.
-_NO_DECAY = (
-    *("centers", "query_positions", "key_positions", "value_positions", "gamma", "gamma_1", "gamma_2", "pos_embed"),
-    *("cls_token", "reg_token", "q_bias", "v_bias"),
-)
+# Last part of the names of parameters with several axes that are not kernels.
+_NO_DECAY = ("centers", "query_positions", "key_positions", "value_positions", "pos_embed", "cls_token", "reg_token")
 
 
 class Freeze(HookBase):
@@ -58,17 +56,14 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         above = layers_above.get(name.partition("backbone.")[2])
         return 1.0 if above is None else solver.BACKBONE_MULTIPLIER * solver.LAYER_DECAY**above
 
-    groups = get_default_optimizer_params(
-        model,
-        base_lr=solver.BASE_LR,
-        weight_decay=solver.WEIGHT_DECAY,
-        weight_decay_norm=0.0,
-        weight_decay_bias=0.0,
-        lr_factor_func=factor,
-        overrides={name: {"weight_decay": 0.0} for name in _NO_DECAY},
-    )
+    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            decays = weight.ndim > 1 and name.rpartition(".")[2] not in _NO_DECAY  # not biases and norms
+            groups[factor(name) * solver.BASE_LR, decays * solver.WEIGHT_DECAY].append(weight)
+    groups_of_adam = [{"params": weights, "lr": lr, "weight_decay": decay} for (lr, decay), weights in groups.items()]
     optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-    return optimizer(groups, solver.BASE_LR, betas=(0.9, 0.999), eps=solver.ADAM_EPS, fused=True)
+    return optimizer(groups_of_adam, solver.BASE_LR, betas=(0.9, 0.999), eps=solver.ADAM_EPS, fused=True)
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
