@@ -27,8 +27,7 @@ PARSER.add_argument("--save-json", metavar="FILE", help="also write COCO panopti
 PARSER.add_argument("--save-instances", metavar="FILE", help="also write COCO instance JSON with RLE masks")
 PARSER.add_argument("--save-semantic", metavar="DIR", help="also write PNGs of category ids")
 
-if __name__ == "__main__":
-    PARSER.parse()  # answers --help and mistakes before the slow imports
+PARSER.parse_if_main(__name__)
 
 import functools
 import os

@@ -15,8 +15,7 @@ PARSER = ConfigParser(__doc__, config_file=False, weights=True, options="--opts"
 PARSER.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 is all (%(default)s)")
 PARSER.add_argument("--port", type=int, default=7860, help="port to listen at (%(default)s)")
 
-if __name__ == "__main__":
-    PARSER.parse()  # answers --help and mistakes before the slow imports
+PARSER.parse_if_main(__name__)
 
 import functools
 import json
@@ -111,7 +110,7 @@ class Models:
 
     def __init__(self, first: Predictor):
         self.first, weights = first, first.cfg.MODEL.WEIGHTS
-        known = {model_zoo.get_checkpoint_url(name): name for name in model_zoo.names_with_weights()}
+        known = {weights: name for name, weights in model_zoo.WEIGHTS.items()}
         self.default = known.get(weights, Path(weights).name)
         self.names = sorted({self.default, *known.values()})
         self._load = functools.lru_cache(maxsize=1)(load)  # one besides the first, for the memory

@@ -59,6 +59,11 @@ class ConfigParser(argparse.ArgumentParser):
             args.opts = ["DATASETS.OWN_TEST", args.test_data, *args.opts]
         return args
 
+    def parse_if_main(self, name: str) -> None:
+        """Parses the process's arguments if `name` is "__main__": --help and mistakes need no slow imports."""
+        if name == "__main__":
+            self.parse()
+
 
 def run_program(main: Callable[[], object]) -> None:
     """Runs a program's main function with freed memory kept; errors of the user's are one line."""

@@ -20,21 +20,22 @@ _BACKBONES = {
     "convnext_b": "convnext_base",
     "convnext_l": "convnext_large",
 }
-_ARCHIVES = {
-    f"{dataset}/{backbone}": f"kmax_{official}_{dataset}_train"
+# By config name; the last ones come with the package.
+WEIGHTS = {
+    f"{dataset}/{backbone}": f"{ADDRESS}/kmax_{official}_{dataset}_train.tar.gz"
     for dataset in ("coco", "cityscapes")
     for backbone, official in _BACKBONES.items()
 }
-_ARCHIVES |= {
-    f"ade20k/{backbone}_{side}": f"kmax_{_BACKBONES[backbone]}_res{side}_ade20k_train"
+WEIGHTS |= {
+    f"ade20k/{backbone}_{side}": f"{ADDRESS}/kmax_{_BACKBONES[backbone]}_res{side}_ade20k_train.tar.gz"
     for backbone in ("r50", "convnext_l")
     for side in (641, 1281)
 }
-_ARCHIVES["coco/convnext_l_unlabeled"] = "kmax_convnext_large_coco_train_unlabeled"
+WEIGHTS["coco/convnext_l_unlabeled"] = f"{ADDRESS}/kmax_convnext_large_coco_train_unlabeled.tar.gz"
+_ASSETS = Path(__file__).parent / "assets"
+WEIGHTS |= {"shapes/quickstart": str(_ASSETS / "quickstart.pth"), "camvid/street": str(_ASSETS / "street.pth")}
 DEFAULT = "coco/r50"  # the model to use if none is named
 OFFLINE = "camvid/street"  # the included model to use where the default's weights cannot be downloaded
-_ASSETS = Path(__file__).parent / "assets"
-_INCLUDED = {"shapes/quickstart": _ASSETS / "quickstart.pth", "camvid/street": _ASSETS / "street.pth"}
 
 
 def _relative(name: str) -> str:
@@ -46,19 +47,9 @@ def get_config_file(name: str) -> str:
     return str(config_file(name))
 
 
-def is_included(name: str) -> bool:
-    """Returns whether a model comes with its weights, such as "camvid/street"."""
-    return _relative(name) in _INCLUDED
-
-
 def has_weights(name: str) -> bool:
     """Returns whether weights for a model are published, or included as for "shapes/quickstart"."""
-    return _relative(name) in _ARCHIVES | _INCLUDED
-
-
-def names_with_weights() -> list[str]:
-    """Returns the names of all models that :func:`has_weights` is true of."""
-    return sorted([*_ARCHIVES, *_INCLUDED])
+    return _relative(name) in WEIGHTS
 
 
 def get_checkpoint_url(name: str) -> str:
@@ -67,19 +58,11 @@ def get_checkpoint_url(name: str) -> str:
     Raises UserError if the model is unknown or has no weights.
     """
     relative = _relative(name)
-    if relative in _ARCHIVES:
-        return f"{ADDRESS}/{_ARCHIVES[relative]}.tar.gz"
-    if relative in _INCLUDED:
-        return str(_INCLUDED[relative])
+    if relative in WEIGHTS:
+        return WEIGHTS[relative]
     get_config_file(name)  # an unknown name is a different error
-    known = names_with_weights()
-    hint = did_you_mean(relative, known) or "."
-    raise UserError(f"no weights of {name} are published{hint} Weights exist for {', '.join(known)}")
-
-
-def trained_weights(name: str) -> list[str]:
-    """Returns MODEL.WEIGHTS and a config's trained weights as options; an empty list if none are published."""
-    return _trained(name) if has_weights(name) else []
+    hint = did_you_mean(relative, WEIGHTS) or "."
+    raise UserError(f"no weights of {name} are published{hint} Weights exist for {', '.join(sorted(WEIGHTS))}")
 
 
 def get_config(name: str, trained: bool = False) -> CfgNode:

@@ -103,23 +103,23 @@ def zoo(tmp_path, monkeypatch):
     """A server in place of the model zoo's, which has nothing, and an empty cache."""
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
     with published.server(tmp_path) as web:
-        monkeypatch.setattr(model_zoo, "ADDRESS", web.address)
+        monkeypatch.setitem(model_zoo.WEIGHTS, "coco/r50", f"{web.address}/r50.tar.gz")
         yield web
 
 
 @pytest.mark.parametrize("fault", ["absent", "page"])
 def test_the_quickstarts_model_where_the_published_cannot_be_had(demo, zoo, tmp_path, capsys, caplog, fault):
     if fault == "page":
-        (tmp_path / "kmax_resnet50_coco_train.tar.gz").touch()
+        (tmp_path / "r50.tar.gz").touch()
         zoo.fault = fault
     picture().save(tmp_path / "image.png")
     demo.main(["--input", str(tmp_path / "image.png"), "--output", str(tmp_path / "out")])
     shown = capsys.readouterr()
     said = [line for line in caplog.messages if " in place of " in line]
-    assert len(said) == 1 and "kmax_resnet50_coco_train.tar.gz" in said[0] and "error:" not in shown.err
+    assert len(said) == 1 and "r50.tar.gz" in said[0] and "error:" not in shown.err
     assert shown.out.splitlines()[-1] == f"1 of 1 images written to {tmp_path / 'out'}"
     # Whoever asks for the model gets it or an error.
-    with pytest.raises(UserError, match=r"kmax_resnet50_coco_train\.tar\.gz"):
+    with pytest.raises(UserError, match=r"r50\.tar\.gz"):
         demo.main(["--input", str(tmp_path / "image.png"), "--config-file", "coco/r50"])
 
 

@@ -79,8 +79,7 @@ def web(archive, monkeypatch, tmp_path):
     """A server that publishes a small model, an empty cache, and a zoo that knows of it."""
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
     with published.server(archive.parent) as web:
-        monkeypatch.setattr(model_zoo, "ADDRESS", web.address)
-        monkeypatch.setitem(model_zoo._ARCHIVES, NAME, "tiny")
+        monkeypatch.setitem(model_zoo.WEIGHTS, NAME, f"{web.address}/tiny.tar.gz")
         yield web
 
 
@@ -135,7 +134,7 @@ def test_a_faulty_download_leaves_nothing_behind(web, source, tmp_path, fault, m
 
 
 def test_weights_that_do_not_fit_stay_in_the_cache(web, tmp_path, monkeypatch):
-    monkeypatch.setitem(model_zoo._ARCHIVES, "shapes/quickstart", "tiny")
+    monkeypatch.setitem(model_zoo.WEIGHTS, "shapes/quickstart", f"{web.address}/tiny.tar.gz")
     with pytest.raises(UserError, match="weights do not fit"):
         model_zoo.get("shapes/quickstart", trained=True, device="cpu")
     assert cached(tmp_path) == ["tiny.tar.gz"]

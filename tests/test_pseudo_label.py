@@ -172,10 +172,10 @@ def test_weights_are_needed(folder):
 
 def test_published_weights_are_the_default(tmp_path, monkeypatch):
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(model_zoo, "ADDRESS", "http://127.0.0.1:9")
+    monkeypatch.setitem(model_zoo.WEIGHTS, "coco/r50", "http://127.0.0.1:9/r50.tar.gz")
     shapes.write_split(tmp_path, "unlabeled", 1, 11)
     arguments = ["--config-file", "coco/r50", *command(tmp_path, "made")[4:], "MODEL.DEVICE", "cpu"]
-    with pytest.raises(UserError, match=r"cannot download .*/kmax_resnet50_coco_train\.tar\.gz"):
+    with pytest.raises(UserError, match=r"cannot download .*/r50\.tar\.gz"):
         main(arguments)
 
 

@@ -86,7 +86,7 @@ def test_models(web, models, tmp_path, monkeypatch, capsys):
     assert models("shapes/quickstart") is models.first
     assert "road" in models("camvid/street").class_names
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
-    monkeypatch.setattr(web.model_zoo, "ADDRESS", "http://127.0.0.1:9")
+    monkeypatch.setitem(web.model_zoo.WEIGHTS, "coco/r50", "http://127.0.0.1:9/r50.tar.gz")
     with pytest.raises(UserError, match=r"^the weights of coco/r50 cannot be downloaded now: choose another model$"):
         models("coco/r50")
     assert str(tmp_path) in capsys.readouterr().err  # the whole reason is for whoever runs the server

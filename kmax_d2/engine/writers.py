@@ -44,8 +44,8 @@ class Progress(EventWriter):
 
 
 def peak_memory() -> float:
-    """Returns the most memory that this process has used, in GB: of the GPU if there is one. On Windows, it is 0."""
-    if torch.cuda.is_available():
+    """Returns the most memory that this process has used, in GB: of the GPU if it uses one. On Windows, it is 0."""
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     try:
         import resource

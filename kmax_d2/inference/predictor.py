@@ -71,10 +71,12 @@ def load(
 
 def predictor_config(name: str, options: Sequence = ()) -> CfgNode:
     """Returns the ready config of a config or checkpoint, with its published weights unless the options name others."""
-    if model_zoo.is_included(name) and "MODEL.WEIGHTS" not in options:
-        name = model_zoo.get_checkpoint_url(name)  # which knows its config
-    trained = [] if name.endswith(CHECKPOINT) else model_zoo.trained_weights(name)
-    return ready_config(name, [*trained, *options])
+    if model_zoo.has_weights(name) and "MODEL.WEIGHTS" not in options:
+        weights = model_zoo.get_checkpoint_url(name)
+        if weights.endswith(CHECKPOINT):  # which knows its config
+            return ready_config(weights, options)
+        options = ["MODEL.WEIGHTS", weights, *options]
+    return ready_config(name, options)
 
 
 class Predictor:

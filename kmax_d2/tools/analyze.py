@@ -21,8 +21,7 @@ PARSER.add_argument(
 )
 PARSER.add_argument("--json", action="store_true", help="print JSON")
 
-if __name__ == "__main__":
-    PARSER.parse()  # answers --help and mistakes before the slow imports
+PARSER.parse_if_main(__name__)
 
 import torch
 from detectron2.modeling import build_model

@@ -30,13 +30,11 @@ PARSER.add_argument("--compile", nargs="?", const="default", metavar="MODE", hel
 PARSER.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
 PARSER.add_argument("--json", action="store_true", help="print a list of rows")
 
-if __name__ == "__main__":
-    PARSER.parse()  # answers --help and mistakes before the slow imports
+PARSER.parse_if_main(__name__)
 
 import contextlib
 import functools
 import multiprocessing
-import sys
 from collections import defaultdict
 
 import torch
@@ -49,6 +47,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.benchmark import Measurement, Timer
 
 from ..engine import ready_config
+from ..engine.writers import peak_memory
 from ..errors import UserError
 from ..modeling.axial_attention import AxialAttention1D
 from ..speed import compile_model, inference_model, keep_freed_memory, training_model, use_precision
@@ -141,16 +140,11 @@ def build_task(args: argparse.Namespace, stages: bool) -> Task:
 
 def peak_bytes(build: Callable[..., Task], args: argparse.Namespace) -> int:
     """Returns the peak memory of building a task and running it once. Call it in a fresh process."""
-    import resource  # not on Windows
-
     keep_freed_memory()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = 0.0 if args.device.startswith("cuda") else peak_memory()
     torch.set_num_threads(args.threads)
     build(args, stages=False)["total"]()
-    if args.device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(args.device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return round(2**30 * (peak_memory() - before))
 
 
 def prepare(args: argparse.Namespace) -> CfgNode:

@@ -28,8 +28,7 @@ PARSER.add_argument("--seed", type=int, default=0, metavar="N", help="for choosi
 PARSER.add_argument("--examples", type=int, default=5, metavar="N", help="shown of each fault (%(default)s)")
 PARSER.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one per core)")
 
-if __name__ == "__main__":
-    PARSER.parse()  # answers --help and mistakes before the slow imports
+PARSER.parse_if_main(__name__)
 
 import random
 from collections import defaultdict

@@ -17,8 +17,7 @@ PARSER = ConfigParser(__doc__, config_file=None)
 PARSER.add_argument("--output", default="output/compare_attention", metavar="DIR", help="default: %(default)s")
 PARSER.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 1 to N (default: %(default)s)")
 
-if __name__ == "__main__":
-    PARSER.parse()  # answers --help and mistakes before the slow imports
+PARSER.parse_if_main(__name__)
 
 import numpy as np
 from detectron2.config import CfgNode

@@ -20,8 +20,7 @@ PARSER.add_argument("--repeats", type=int, default=5, metavar="N", help="measure
 PARSER.add_argument("--compile", action="store_true", help="also PyTorch with torch.compile")
 PARSER.add_argument("--others", action="store_true", help="also Mask2Former and EoMT; needs transformers")
 
-if __name__ == "__main__":
-    PARSER.parse()  # answers --help and mistakes before the slow imports
+PARSER.parse_if_main(__name__)
 
 import functools
 import statistics
@@ -91,37 +90,24 @@ def _run_openvino(compiled: Any, image: np.ndarray) -> object:
     return compiled({"images": image[None]})
 
 
-def of_others() -> Iterator[tuple[str, Run]]:
-    """Yields Hugging Face's models for panoptic segmentation, as their processors run them."""
+def of_others(side: int) -> Iterator[tuple[str, Run]]:
+    """Yields Hugging Face's models for panoptic segmentation of square images, as their processors run them."""
     transformers = optional_package("transformers")
+    side = side // 32 * 32
     resnet = transformers.ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
-    mask2former = transformers.Mask2FormerConfig(backbone_config=resnet, num_labels=133)
-    for name, kind, config in (
-        ("Mask2Former R50", "Mask2Former", mask2former),
-        ("EoMT-B", "Eomt", None),
-    ):
-        model = getattr(transformers, f"{kind}ForUniversalSegmentation")
-        processor = getattr(transformers, f"{kind}ImageProcessor")()
-
-        def run(image: np.ndarray, model: Any = model, processor: Any = processor, config: Any = config) -> object:
-            side = {"height": image.shape[0] // 32 * 32, "width": image.shape[1] // 32 * 32}
-            if config is None:
-                config = transformers.EomtConfig(image_size=image.shape[0] // 32 * 32, num_labels=133)
-            network = _built(model, config)
-            outputs = network(**processor(images=image, return_tensors="pt", size=side))
-            return processor.post_process_panoptic_segmentation(outputs, target_sizes=[image.shape[:2]])
-
-        yield f"{name} (transformers)", run
+    configs = {
+        "Mask2Former": transformers.Mask2FormerConfig(backbone_config=resnet, num_labels=133),
+        "Eomt": transformers.EomtConfig(image_size=side, num_labels=133),
+    }
+    for kind, config in configs.items():
+        model = getattr(transformers, f"{kind}ForUniversalSegmentation")(config).eval()
+        processor = getattr(transformers, f"{kind}ImageProcessor")(size={"height": side, "width": side})
+        yield f"{kind} (transformers)", functools.partial(_run_other, model, processor)
 
 
-_BUILT: dict[Any, Any] = {}
-
-
-def _built(model: Any, config: Any) -> Any:
-    key = model, str(config)
-    if key not in _BUILT:
-        _BUILT[key] = model(config).eval()
-    return _BUILT[key]
+def _run_other(model: Any, processor: Any, image: np.ndarray) -> object:
+    outputs = model(**processor(images=image, return_tensors="pt"))
+    return processor.post_process_panoptic_segmentation(outputs, target_sizes=[image.shape[:2]])
 
 
 def seconds_of(run: Run, image: np.ndarray) -> float:
@@ -146,8 +132,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if args.compile:
                 runs[f"PyTorch compiled, {precision}"] = in_pytorch(cfg, precision, True)
         runs |= dict(in_runtimes(cfg, args.threads, Path(folder)))
-        runs |= dict(of_others()) if args.others else {}
         for side in args.sizes:
+            runs |= of_others(side) if args.others else {}
             image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
             for run in runs.values():
                 run(image)  # compiles, and takes memory

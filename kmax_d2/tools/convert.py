@@ -13,8 +13,7 @@ PARSER.add_argument("input", metavar="IN", help="anything MODEL.WEIGHTS accepts:
 PARSER.add_argument("output", metavar="OUT", type=Path, help="the checkpoint to write, .pth or .pkl")
 PARSER.add_argument("--half", action="store_true", help="in half precision, which halves the file")
 
-if __name__ == "__main__":
-    PARSER.parse()  # answers --help and mistakes before the slow imports
+PARSER.parse_if_main(__name__)
 
 import pickle
 

@@ -24,8 +24,7 @@ PARSER.add_argument("--dynamic", action="store_true", help="images of any size, 
 PARSER.add_argument("--precision", default="float32", choices=PRECISIONS, help="(%(default)s)")
 PARSER.add_argument("--images", type=Path, metavar="FOLDER", help="int8: images to measure activations on")
 
-if __name__ == "__main__":
-    PARSER.parse()  # answers --help and mistakes before the slow imports
+PARSER.parse_if_main(__name__)
 
 import contextlib
 import logging

@@ -27,8 +27,7 @@ PARSER.add_argument("--seed", type=int, default=0, metavar="N", help="for choosi
 PARSER.add_argument("--skip-broken", action="store_true", help="leave out bad labels instead of ending")
 PARSER.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one per core)")
 
-if __name__ == "__main__":
-    PARSER.parse()  # answers --help and mistakes before the slow imports
+PARSER.parse_if_main(__name__)
 
 import hashlib
 import os

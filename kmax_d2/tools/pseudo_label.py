@@ -19,8 +19,7 @@ PARSER.add_argument("--input", required=True, type=Path, metavar="FOLDER", help=
 PARSER.add_argument("--output", required=True, type=Path, metavar="DIR", help="for panoptic_NAME and annotations")
 PARSER.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes, each on a GPU (%(default)s)")
 
-if __name__ == "__main__":
-    PARSER.parse()  # answers --help and mistakes before the slow imports
+PARSER.parse_if_main(__name__)
 
 import functools
 from collections import Counter

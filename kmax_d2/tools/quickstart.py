@@ -11,8 +11,7 @@ from ..command_line import ConfigParser, run_program
 PARSER = ConfigParser(__doc__, config_file=None)
 PARSER.add_argument("--output", default="output/quickstart", metavar="DIR", help="default: %(default)s")
 
-if __name__ == "__main__":
-    PARSER.parse()  # answers --help and mistakes before the slow imports
+PARSER.parse_if_main(__name__)
 
 import time
 

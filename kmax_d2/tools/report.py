@@ -18,8 +18,7 @@ PARSER.add_argument("--compare", metavar="FILE", help="weights of a second model
 PARSER.add_argument("--compare-config", metavar="FILE", help="its config, unless it is the same")
 PARSER.add_argument("--pictures", type=int, default=20, metavar="N", help="of images and of errors (%(default)s)")
 
-if __name__ == "__main__":
-    PARSER.parse()  # answers --help and mistakes before the slow imports
+PARSER.parse_if_main(__name__)
 
 import heapq
 

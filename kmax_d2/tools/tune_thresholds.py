@@ -13,8 +13,7 @@ from ..command_line import ConfigParser, run_program
 
 PARSER = ConfigParser(__doc__, weights=True, data=True)
 
-if __name__ == "__main__":
-    PARSER.parse()  # answers --help and mistakes before the slow imports
+PARSER.parse_if_main(__name__)
 
 import dataclasses
 from collections import defaultdict
