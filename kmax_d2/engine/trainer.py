@@ -177,6 +177,15 @@ class Trainer(DefaultTrainer):
             loop.data_loader = self.build_train_loader(self.cfg)
         skip_samples(loop.data_loader, loop.samples)
 
+    def state_dict(self) -> dict:
+        """Returns the state of the run, with the loop's, which Detectron2's 0.6 release leaves out."""
+        return TrainerBase.state_dict(self) | {"_trainer": self._trainer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restores what :meth:`state_dict` returns."""
+        TrainerBase.load_state_dict(self, state_dict)
+        self._trainer.load_state_dict(state_dict["_trainer"])
+
     @classmethod
     def require_test_data(cls, cfg: CfgNode) -> None:
         """Raises UserError for what would end an evaluation only after its predictions. The main process looks."""
