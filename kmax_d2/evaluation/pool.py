@@ -1,7 +1,7 @@
 """Evaluation in other processes, while the model goes on."""
 
 import multiprocessing.util
-import os
+import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -32,8 +32,8 @@ class EvaluationPool:
         Raises what an earlier call raised.
         """
         if self.pool is None:
-            # Forked processes start at once; fresh ones would each import PyTorch for seconds.
-            context = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
+            # Fresh processes each import PyTorch for seconds, and forked ones do not; but on macOS these may crash.
+            context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
             self.pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=serve_parent)
             # A rank that fails would wait for its processes forever, and the other ranks for it. End the processes with
             # this object, or before their queues are closed, which multiprocessing does at priority 10.
