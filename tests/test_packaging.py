@@ -9,7 +9,8 @@ from pathlib import Path
 
 import programs
 import pytest
-from small import SMALL_KMAX
+from runs import write_own_data
+from small import options
 
 ROOT = Path(__file__).parents[1]
 # Not on PyPI; comes with PyTorch where there is a GPU, and is imported only there.
@@ -73,16 +74,17 @@ from kmax_d2.engine.writers import peak_memory
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn")
     sys.platform = "darwin"
-    cfg = ready_config("shapes/quickstart", ["DATALOADER.NUM_WORKERS", 1, "INPUT.COPY_PASTE", True, *sys.argv[1:]])
+    cfg = ready_config("", sys.argv[1:])
     results = Trainer(cfg).train()
     print(peak_memory(), *results)
 """
 
 
-def test_it_trains_without_what_windows_and_macos_lack(tmp_path, shapes_cache):
+def test_it_trains_without_what_windows_and_macos_lack(tmp_path):
     """Processes are spawned there, not forked."""
     (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
-    options = [*SMALL_KMAX, "INPUT.CROP_SIZE", [65, 65], "SOLVER.MAX_ITER", 2, "SOLVER.EMA.ENABLED", False]
-    options += ["OUTPUT_DIR", tmp_path / "run"]
-    done = programs.run(tmp_path / "elsewhere.py", *options, KMAX_D2_CACHE=str(shapes_cache))
-    assert done.stdout.splitlines()[-1] == "0.0 panoptic_seg segm sem_seg", done.stderr
+    own_data = write_own_data(tmp_path)
+    own = {"DATASETS__OWN_TRAIN": own_data["train"], "DATASETS__OWN_TEST": own_data["val"], "OUTPUT_DIR": tmp_path}
+    own |= {f"MODEL__KMAX__TEST__{part}_ON": False for part in ("SEMANTIC", "INSTANCE")}  # each has processes
+    done = programs.run(tmp_path / "elsewhere.py", *options(SOLVER__MAX_ITER=2, DATALOADER__NUM_WORKERS=1, **own))
+    assert done.stdout.splitlines()[-1] == "0.0 panoptic_seg", done.stderr
