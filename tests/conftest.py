@@ -1,11 +1,15 @@
 """Fixtures shared by several test files."""
 
+import signal
+
 import pytest
 import reference
 import torch
 
 from kmax_d2.checkpoint import deeplab2_to_state_dict
 
+# A shell starts background jobs with it ignored, and so would be the programs that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # The tensors are small: more threads would only wait for each other, for minutes on a busy machine.
 torch.set_num_threads(1)
 
