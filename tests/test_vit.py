@@ -51,6 +51,9 @@ def test_two_iterations_with_rates_that_fall_by_layer():
     assert (
         rate[id(model.backbone.net.pyramid.simfp_2[0].weight)] == rate[id(model.transformer_decoder.centers)] == 0.001
     )
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    norm, kernel = model.backbone.net.pyramid.simfp_2[1], vit.blocks[0].mlp.fc1.weight  # the norm is Detectron2's own
+    assert [decay[id(p)] for p in (norm.weight, vit.pos_embed, kernel)] == [0, 0, 0.05]
     before = vit.pos_embed.detach().clone()
     for seed in range(2):
         optimizer.zero_grad()

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..checkpoint import KMaXCheckpointer
 from ..checkpoint.origin import describe_model
+from .ema import final_name
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class KeepBest(BestCheckpointer):
     """
 
     def __init__(self, cfg: CfgNode, model: nn.Module):
-        metric = "ema/" * cfg.SOLVER.EMA.ENABLED + cfg.SOLVER.BEST_METRIC
+        metric = final_name(cfg, cfg.SOLVER.BEST_METRIC)
         checkpointer = KMaXCheckpointer(model, cfg.OUTPUT_DIR, origin=describe_model(cfg))
         super().__init__(cfg.TEST.EVAL_PERIOD, checkpointer, metric)
         self._patience = cfg.SOLVER.PATIENCE * cfg.TEST.EVAL_PERIOD  # in iterations

@@ -60,6 +60,11 @@ class WeightAverage(HookBase):
         self._restored = True
 
 
+def final_name(cfg: CfgNode, name: str) -> str:
+    """Returns the name that a task or a metric of the final model has: with "ema/" if weights are averaged."""
+    return f"ema/{name}" if cfg.SOLVER.EMA.ENABLED else name
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """Returns a model without its wrapper for several processes."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

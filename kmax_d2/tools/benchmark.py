@@ -141,9 +141,11 @@ def build_task(args: argparse.Namespace, stages: bool) -> Task:
 def peak_bytes(build: Callable[..., Task], args: argparse.Namespace) -> int:
     """Returns the peak memory of building a task and running it once. Call it in a fresh process."""
     keep_freed_memory()
-    before = 0.0 if args.device.startswith("cuda") else peak_memory()
+    before = peak_memory()
     torch.set_num_threads(args.threads)
     build(args, stages=False)["total"]()
+    if args.device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(args.device)
     return round(2**30 * (peak_memory() - before))
 
 

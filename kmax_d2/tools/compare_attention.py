@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from ..engine import Trainer, ready_config
+from ..engine.ema import final_name
 from ..engine.log import quiet_log
 from ..errors import UserError
 from ..files import make_folder, write_json
@@ -50,7 +51,7 @@ def train(cfg: CfgNode) -> dict[int, float]:
         seed_all_rng(cfg.SEED)
         trainer = Trainer(cfg)
         trainer.train()
-        evaluated = trainer.storage.history("ema/" * cfg.SOLVER.EMA.ENABLED + "panoptic_seg/PQ").values()
+        evaluated = trainer.storage.history(final_name(cfg, "panoptic_seg/PQ")).values()
         # An evaluation during training runs before the iteration is counted.
         curve = {min(iteration + 1, cfg.SOLVER.MAX_ITER): pq for pq, iteration in evaluated}
         write_json(curve_file, curve)

@@ -23,6 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..engine import Trainer, ready_config
+from ..engine.ema import final_name
 from ..engine.log import quiet_log
 from ..engine.setup import dataset_metadata
 from ..files import lock_folder, write_json, write_png
@@ -35,7 +36,7 @@ NUM_PICTURES = 8
 def summarize(results: dict, cfg: CfgNode) -> dict[str, float]:
     """Returns the numbers of the table, in percent: PQ, PQ_th, PQ_st, AP, and mIoU of the averaged weights, if any."""
     tasks = ("panoptic_seg", "segm", "sem_seg")
-    panoptic, instance, semantic = (results["ema/" * cfg.SOLVER.EMA.ENABLED + task] for task in tasks)
+    panoptic, instance, semantic = (results[final_name(cfg, task)] for task in tasks)
     summary = {name: panoptic[name] for name in ("PQ", "PQ_th", "PQ_st")}
     return summary | {"AP": instance["AP"], "mIoU": semantic["mIoU"]}
 
