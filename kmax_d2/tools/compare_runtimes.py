@@ -101,12 +101,13 @@ def of_others(side: int) -> Iterator[tuple[str, Run]]:
     }
     for kind, config in configs.items():
         model = getattr(transformers, f"{kind}ForUniversalSegmentation")(config).eval()
-        processor = getattr(transformers, f"{kind}ImageProcessor")(size={"height": side, "width": side})
-        yield f"{kind} (transformers)", functools.partial(_run_other, model, processor)
+        processor = getattr(transformers, f"{kind}ImageProcessor")()
+        yield f"{kind} (transformers)", functools.partial(_run_other, model, processor, side)
 
 
-def _run_other(model: Any, processor: Any, image: np.ndarray) -> object:
-    outputs = model(**processor(images=image, return_tensors="pt"))
+def _run_other(model: Any, processor: Any, side: int, image: np.ndarray) -> object:
+    size = {"height": side, "width": side}
+    outputs = model(**processor(images=image, return_tensors="pt", size=size))
     return processor.post_process_panoptic_segmentation(outputs, target_sizes=[image.shape[:2]])
 
 
