@@ -5,16 +5,18 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-all test-web lint docs install clean
+.PHONY: quickstart test test-slow test-all test-web lint docs install clean
 
 quickstart: $(STAMP)
 	$(BIN)/python -m kmax_d2.tools.quickstart
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
-test-all: $(STAMP)
-	$(BIN)/python -m pytest
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow --durations 20
+
+test-all: test test-slow
 
 # The web page in a real browser.
 test-web: $(STAMP)
