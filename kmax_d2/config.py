@@ -92,7 +92,7 @@ def add_kmax_config(cfg: CfgNode) -> None:
     kmax.PIXEL_DECODER.IN_FEATURES = ["stage5", "stage4", "stage3", "stage2"]  # backbone maps to read, coarse to fine
     kmax.PIXEL_DECODER.WIDTHS = [512, 256, 128, 64]  # base width of each stage; outputs have 4 times as many channels
     kmax.PIXEL_DECODER.BLOCKS = [1, 5, 1, 1]  # blocks in each stage
-    # Type of the blocks in each stage: "axial" or "bottleneck".
+    # Type of the blocks in each stage, in PIXEL_BLOCK_REGISTRY: "axial" or "bottleneck".
     kmax.PIXEL_DECODER.KINDS = ["axial", "axial", "bottleneck", "bottleneck"]
     kmax.PIXEL_DECODER.DILATION = 2  # dilation of the bottlenecks; set 1 for weights of the public PyTorch port
 
@@ -118,6 +118,7 @@ def add_kmax_config(cfg: CfgNode) -> None:
     kmax.SEMANTIC_HEAD.LOW_LEVEL_CHANNELS = [64, 32]  # channels that stage3 and stage2 are projected to
 
     kmax.LOSS = CfgNode()
+    kmax.LOSS.NAME = "Criterion"  # by its name in CRITERION_REGISTRY
     kmax.LOSS.PQ_WEIGHT = 3.0  # weight of both terms of the PQ-style loss
     kmax.LOSS.MASK_ID_WEIGHT = 0.3  # weight of the mask-ID cross-entropy
     kmax.LOSS.INSTANCE_WEIGHT = 1.0  # weight of the pixel-wise instance discrimination
@@ -136,6 +137,7 @@ def add_kmax_config(cfg: CfgNode) -> None:
     # Merge on the padded crop, as the official code does; else at the original size and without area limits.
     test.MERGE_AT_CROP = True
     test.PRECISION = "float32"  # or "tf32", "bfloat16"; for evaluation, the demo, and pseudo-labels
+    test.MERGING = "MaskWiseMerging"  # by its name in MERGING_REGISTRY
     test.PIXEL_THRESHOLD = 0.4  # mask probability above which a pixel belongs to a mask; at least 1/3
     test.THING_THRESHOLD = 0.7  # lowest class probability of a thing in the panoptic result
     test.STUFF_THRESHOLD = 0.5  # the same for stuff

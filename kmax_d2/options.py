@@ -1,6 +1,7 @@
-"""Reads configs and checks them: each option exists, is read by something, and has a value that fits."""
+"""Reads configs and checks that every option exists and has a valid value."""
 
 import json
+import logging
 from ast import literal_eval
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from .config import add_kmax_config
 from .errors import UserError, did_you_mean
 from .option_rules import RULES, check_relations
 
+logger = logging.getLogger(__name__)
 _KINDS = {bool: "True or False", str: "a text", CfgNode: "a section of options"}
 
 
@@ -33,13 +35,21 @@ def option_values(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, value
 
 
-def merge_file(cfg: CfgNode, file: Path, above: tuple[Path, ...] = ()) -> None:
+def require(faults: Sequence[str]) -> None:
+    """Raises UserError that names all faults of a config, if there are any."""
+    if len(faults) > 1:
+        raise UserError(f"{len(faults)} faults: {'; '.join(faults)}")
+    if faults:
+        raise UserError(faults[0])
+
+
+def merge_file(cfg: CfgNode, file: Path, above: tuple[Path, ...] = ()) -> list[str]:
     """Merges a config file after the files in its _BASE_, in place; `above` are the files that lead to it.
 
-    Raises UserError for a file that cannot be read, is no mapping, or is its own base, and as :func:`merge` does.
+    Returns the faults of :func:`merge`. Raises UserError for a file that is unreadable, not a mapping, or its own base.
     """
     if file.resolve() in above:
-        raise UserError(f"the config {file} has itself as its _BASE_")
+        raise UserError(f"the config {file} includes itself through _BASE_")
     try:
         options = yaml.safe_load(file.read_text(encoding="utf-8"))  # unlike Detectron2's way, this runs no code
     except OSError as error:
@@ -47,44 +57,50 @@ def merge_file(cfg: CfgNode, file: Path, above: tuple[Path, ...] = ()) -> None:
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(options, dict):
-        raise UserError(f"the config {file} does not have options and their values, as in SEED: 1")
-    bases = options.pop("_BASE_", [])
+        raise UserError(f"the config {file} must contain options, such as SEED: 1")
+    bases, faults = options.pop("_BASE_", []), []
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str):
             raise UserError(f"_BASE_ in {file} is {base}, but must be a config file")
-        merge_file(cfg, file.parent / Path(base).expanduser(), (*above, file.resolve()))
-    merge(cfg, options)
+        faults += merge_file(cfg, file.parent / Path(base).expanduser(), (*above, file.resolve()))
+    return faults + merge(cfg, options)
 
 
-def merge(cfg: CfgNode, options: Mapping, prefix: str = "") -> None:
+def merge(cfg: CfgNode, options: Mapping, prefix: str = "") -> list[str]:
     """Merges nested options in place; texts may be Python literals, as on a command line.
 
-    Raises UserError for an option that does not exist, and for a value of another type than the default's.
+    Returns the faults: options that do not exist, and values of another type than the default's.
     """
+    faults: list[str] = []
     for key, value in options.items():
         name = f"{prefix}{key}"
         if not isinstance(cfg, CfgNode) or key not in cfg:
-            raise UserError(f"no option {name}{did_you_mean(name, dict(option_values(default_config())))}")
+            faults.append(f"no option {name}{did_you_mean(name, dict(option_values(default_config())))}")
+            continue
         old = cfg[key]
         if isinstance(value, Mapping) and value:
-            merge(old, value, f"{name}.")
+            faults += merge(old, value, f"{name}.")
             continue
         value = _convert(value, old)
         if type(value) is not type(old) and old is not None:
             wanted = getattr(RULES.get(name), "wanted", "") or _KINDS.get(type(old), "a list")
-            raise UserError(f"{name} is {value or repr(value)}, but must be {wanted}")
-        cfg[key] = value
+            faults.append(f"{name} is {value or repr(value)}, but must be {wanted}")
+        else:
+            cfg[key] = value
+    return faults
 
 
-def merge_pairs(cfg: CfgNode, pairs: Sequence) -> None:
-    """Merges (name, value, name, value, ...) in place. Raises UserError as :func:`merge` does, and for a lone name."""
+def merge_pairs(cfg: CfgNode, pairs: Sequence) -> list[str]:
+    """Merges (name, value, name, value, ...) in place; returns the faults of :func:`merge`, or that of a lone name."""
     if len(pairs) % 2:
-        raise UserError(f"options come in pairs of a name and a value; {pairs[-1]} is alone")
+        return [f"options must be NAME VALUE pairs; {pairs[-1]} has no value"]
+    faults = []
     for name, value in zip(pairs[::2], pairs[1::2], strict=True):
         nested = value
         for part in reversed(str(name).split(".")):
             nested = {part: nested}
-        merge(cfg, nested)
+        faults += merge(cfg, nested)
+    return faults
 
 
 def _convert(value: Any, old: Any) -> Any:
@@ -100,17 +116,30 @@ def _convert(value: Any, old: Any) -> Any:
     return float(value) if type(value) is int and type(old) is float else value
 
 
-def check(cfg: CfgNode) -> None:
-    """Raises UserError for an option whose value does not fit, or that nothing reads and is not at its default."""
-    defaults = dict(option_values(default_config()))
+def check(cfg: CfgNode, faults: Sequence[str] = ()) -> None:
+    """Raises UserError that names these faults and all unfit values, or options that contradict each other."""
+    found = list(faults)
     for name, value in option_values(cfg):
-        if rule := RULES.get(name):
-            if not rule.holds(value):
-                hint = did_you_mean(str(value), rule.choices)
-                raise UserError(f"{name} is {value or repr(value)}, but must be {rule.wanted}{hint}")
-        elif not (_same(value, defaults.get(name, value)) or (name.startswith("MODEL.") and _has_foreign_parts(cfg))):
-            raise UserError(f"{name} is an option of Detectron2 that nothing here reads: leave it out")
+        rule = RULES.get(name)
+        if rule and not rule.holds(value):
+            hint = did_you_mean(str(value), rule.choices)
+            found.append(f"{name} is {value or repr(value)}, but must be {rule.wanted}{hint}")
+    require(found)
     check_relations(cfg)
+
+
+def warn_of_unused(cfg: CfgNode) -> None:
+    """Warns of Detectron2's options that are changed although nothing in this project reads them."""
+    defaults = dict(option_values(default_config()))
+    unused = [
+        name
+        for name, value in option_values(cfg)
+        if name in defaults and name not in RULES and not _same(value, defaults[name])
+    ]
+    if _has_foreign_parts(cfg):
+        unused = [name for name in unused if not name.startswith("MODEL.")]
+    if unused:
+        logger.warning(f"kmax_d2 itself does not read {', '.join(unused)}: only your own code can")
 
 
 def _same(one: Any, other: Any) -> bool:

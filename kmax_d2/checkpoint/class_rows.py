@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from detectron2.data import Metadata, MetadataCatalog
 
+from ..data.datasets import register_shared
+
 logger = logging.getLogger(__name__)
 # The first axis of these is the classes, which may be followed by void.
 OF_CLASSES = re.compile(r"(.*\.class_head|semantic_head\.classifier)\.(weight|bias)")
@@ -18,6 +20,7 @@ SHOWN = 5  # names in the log
 
 def published_metadata(count: int) -> Metadata | None:
     """Returns the metadata of the dataset whose published weights have `count` classes, without void."""
+    register_shared()
     return MetadataCatalog.get(_PUBLISHED[count]) if count in _PUBLISHED else None
 
 

@@ -9,7 +9,7 @@ from detectron2.data import MetadataCatalog
 from ..data.datasets import coco_panoptic
 from ..errors import UserError
 from ..option_rules import RULES
-from ..options import default_config, merge_pairs, option_values
+from ..options import default_config, merge_pairs, option_values, require
 from .formats import read_entries
 
 ENTRY = "kmax_d2"  # of the checkpoint
@@ -22,7 +22,7 @@ def describe_model(cfg: CfgNode) -> dict[str, Any]:
     cfg = cfg.clone()
     cfg.defrost()
     defaults = dict(option_values(default_config()))
-    merge_pairs(cfg, [part for name in _LOCAL for part in (name, defaults[name])])
+    require(merge_pairs(cfg, [part for name in _LOCAL for part in (name, defaults[name])]))
     options = "".join(CfgNode({name: cfg[name]}).dump() for name in ("INPUT", "MODEL"))
     names = [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]
     categories = coco_panoptic.categories_of(MetadataCatalog.get(names[0])) if names else []
@@ -40,7 +40,7 @@ def merge_checkpoint(cfg: CfgNode, file: str) -> None:
     known = RULES.keys() | dict(option_values(cfg))
     saved = option_values(CfgNode(yaml.safe_load(entry["options"])))
     # Another version of Detectron2 has options of its own, which nothing here reads.
-    merge_pairs(cfg, [part for pair in saved if pair[0] in known for part in pair])
+    require(merge_pairs(cfg, [part for pair in saved if pair[0] in known for part in pair]))
     cfg.MODEL.WEIGHTS = file
     cfg.INPUT.MIN_SIZE_TEST = cfg.INPUT.MAX_SIZE_TEST = -1  # computed again: further options may change the crop
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()

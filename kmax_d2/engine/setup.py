@@ -18,9 +18,9 @@ from torch import nn
 from ..checkpoint import load_weights
 from ..checkpoint.download import download, is_address
 from ..checkpoint.origin import merge_checkpoint
-from ..data.datasets import coco_panoptic
+from ..data.datasets import coco_panoptic, register_shared
 from ..errors import UserError, did_you_mean
-from ..options import check, default_config, merge_file, merge_pairs, set_test_size
+from ..options import check, default_config, merge_file, merge_pairs, set_test_size, warn_of_unused
 from ..speed import inference_model
 
 logger = logging.getLogger(__name__)
@@ -58,16 +58,16 @@ def load_config(file: str, options: Sequence = (), overrides: Sequence = ()) -> 
         options: (name, value, name, value, ...), which take precedence over the file.
         overrides: the same, which take precedence over both.
 
-    Raises UserError if the file is missing or broken, an option does not exist or is not read, or a value does not fit.
+    Raises UserError if the file is missing or broken, or that names all options that do not exist and values that do
+    not fit.
     """
-    cfg = default_config()
+    cfg, faults = default_config(), []
     if file.endswith(CHECKPOINT):
         merge_checkpoint(cfg, file)
     elif file:
-        merge_file(cfg, config_file(file))
-    merge_pairs(cfg, options)
-    merge_pairs(cfg, overrides)
-    check(cfg)
+        faults = merge_file(cfg, config_file(file))
+    check(cfg, faults + merge_pairs(cfg, options) + merge_pairs(cfg, overrides))
+    warn_of_unused(cfg)
     set_test_size(cfg)
     return cfg
 
@@ -128,6 +128,7 @@ def prepare_datasets(cfg: CfgNode) -> None:
 
     Raises UserError for a dataset that is not registered or not panoptic, and for classes that contradict each other.
     """
+    register_shared()
     for split in SPLITS:
         if cfg.DATASETS[f"OWN_{split}"]:
             cfg.DATASETS[split] = (_register_own(cfg, split),)

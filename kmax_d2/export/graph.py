@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..modeling import KMaXDeepLab
-from ..modeling.layers import padded_side
+from ..modeling.layers import backbone_maps, padded_side
 from ..modeling.merging import MaskWiseMerging
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
@@ -49,7 +49,7 @@ class NetworkGraph(nn.Module):
         scaled = (images.permute(0, 3, 1, 2).float() - self.mean) / self.std
         batch = F.pad(scaled, (0, padded_side(width) - width, 0, padded_side(height) - height))
         with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
-            prediction, _ = self.transformer_decoder(self.pixel_decoder(self.backbone(batch)), False)
+            prediction, _ = self.transformer_decoder(self.pixel_decoder(backbone_maps(self.backbone, batch)), False)
         return prediction.class_logits.float(), prediction.mask_logits.float()
 
 

@@ -19,7 +19,7 @@ from ..data.mapper import PanopticTestMapper
 from ..engine.setup import CHECKPOINT, dataset_metadata, load_predictor, ready_config
 from ..errors import UserError
 from ..images import images_in
-from ..modeling.postprocess import Results
+from ..modeling.postprocess import ModelOutput
 from ..speed import use_precision
 from ..visualization import assignments
 from .result import Result
@@ -136,7 +136,7 @@ class Predictor:
                 yield Result(self, image, name, tensors["image"], results)
 
     @torch.no_grad()
-    def segment(self, inputs: list[dict]) -> list[Results]:
+    def segment(self, inputs: list[dict]) -> list[ModelOutput]:
         """Runs the model on a batch of its inputs in the config's precision; Detectron2's interface."""
         with _LOCK, use_precision(self.cfg.MODEL.KMAX.TEST.PRECISION, self.cfg.MODEL.DEVICE):
             training = self.model.training

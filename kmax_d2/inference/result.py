@@ -14,7 +14,7 @@ from ..data import panoptic_png
 from ..data.datasets.coco_panoptic import categories_of
 from ..errors import UserError, did_you_mean, optional_package
 from ..files import require_own, write_png
-from ..modeling.postprocess import Results
+from ..modeling.postprocess import ModelOutput
 from ..visualization import cluster_panels, draw_instances, draw_panoptic, draw_semantic, page
 
 if TYPE_CHECKING:
@@ -59,7 +59,9 @@ class Result:
         source: the path or address of the image, else "".
     """
 
-    def __init__(self, predictor: Predictor, image: np.ndarray, source: str, inputs: torch.Tensor, results: Results):
+    def __init__(
+        self, predictor: Predictor, image: np.ndarray, source: str, inputs: torch.Tensor, results: ModelOutput
+    ):
         self.image, self.source = image, source
         self._predictor, self._inputs, self._results = predictor, inputs, results
         ids, segments = results["panoptic_seg"]

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..data.augmentation import ResizeToFit
 from ..data.mapper import PanopticTestMapper
 from ..errors import UserError
-from ..modeling.postprocess import Results
+from ..modeling.postprocess import ModelOutput
 
 if TYPE_CHECKING:
     from .predictor import Predictor
@@ -91,7 +91,7 @@ class TileJoiner:
         return table[ids], segments
 
 
-def segment_tiles(predictor: Predictor, image: np.ndarray, size: int, overlap: int | None = None) -> Results:
+def segment_tiles(predictor: Predictor, image: np.ndarray, size: int, overlap: int | None = None) -> ModelOutput:
     """Segments an image in square tiles, so that memory beyond the image and its results is that of one tile.
 
     If the config resizes images (INPUT.FIT_CROP), tiles are shrunk to the crop if they are larger, and enlarged as the
@@ -135,8 +135,12 @@ def segment_tiles(predictor: Predictor, image: np.ndarray, size: int, overlap: i
     merging = predictor.model.merging
     ids, segments = joiner.finish(merging.thing_area_limit / scale**2, merging.stuff_area_limit / scale**2)
     panoptic = torch.from_numpy(ids), segments
-    parts = {"panoptic_seg": lambda: panoptic, "semantic": classes.long, "instances": lambda: _things(*panoptic)}
-    return Results(parts)
+    parts = {
+        "panoptic_seg": lambda _: panoptic,
+        "semantic": lambda _: classes.long(),
+        "instances": lambda _: _things(*panoptic),
+    }
+    return ModelOutput(parts)
 
 
 def _spans(length: int, size: int, overlap: int, step: float = 1.0) -> list[tuple[int, int]]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.config import configurable
+from detectron2.utils.registry import Registry
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -12,13 +13,22 @@ from .build import keyword_arguments, thing_mask
 from .matcher import VOID, Targets, match
 from .predictor import Prediction
 
+CRITERION_REGISTRY = Registry("CRITERION")
+CRITERION_REGISTRY.__doc__ = """
+Training losses, named by `MODEL.KMAX.LOSS.NAME` and called with `(cfg)`. The forward pass takes the arguments of
+:meth:`Criterion.forward` and returns the weighted losses by name. A subclass of Criterion may replace only `match`.
+"""
 
+
+@CRITERION_REGISTRY.register()
 class Criterion(nn.Module):
     """One matching, from the final prediction, serves every prediction's terms; each term has its weight.
 
     Arguments are the options of MODEL.KMAX.LOSS, and for each of the K contiguous classes whether it is a thing, which
     is read where `semantic_hard_share` is not 0.
     """
+
+    match = staticmethod(match)
 
     @configurable
     def __init__(
@@ -91,7 +101,7 @@ class Criterion(nn.Module):
         """Every term of every prediction, the final one first; all go through each term as one batch."""
         final, count = predictions[0], len(predictions)
         size = final.mask_logits.shape[-2:]
-        matching = match(final.class_logits, final.mask_logits.flatten(2), targets)
+        matching = self.match(final.class_logits, final.mask_logits.flatten(2), targets)
         targets = targets.repeat(count)
         class_logits = torch.cat([p.class_logits for p in predictions])
         maps = [p.mask_logits for p in predictions]

@@ -5,19 +5,20 @@ from typing import Any
 
 import torch
 from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from detectron2.utils.registry import Registry
 from torch import nn
 
 from ..errors import UserError
 from .build import build_from
-from .criterion import Criterion, make_targets
+from .criterion import CRITERION_REGISTRY, make_targets
 from .inputs import check_images, check_inputs
 from .kmax_decoder import TRANSFORMER_DECODER_REGISTRY
-from .layers import padded_side
+from .layers import backbone_maps, padded_side
 from .merging import MaskWiseMerging
 from .pixel_decoder import PIXEL_DECODER_REGISTRY
-from .postprocess import Postprocessor, Results
+from .postprocess import ModelOutput, Postprocessor
 from .predictor import Prediction
 from .semantic_head import SEMANTIC_HEAD_REGISTRY
 
@@ -39,7 +40,7 @@ class KMaXDeepLab(nn.Module):
         pixel_decoder: nn.Module,
         transformer_decoder: nn.Module,
         semantic_head: nn.Module | None,
-        criterion: Criterion,
+        criterion: nn.Module,
         postprocessor: Postprocessor,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
@@ -66,8 +67,8 @@ class KMaXDeepLab(nn.Module):
             raise UserError("MODEL.KMAX.NUM_CLASSES is not set, and only kmax_d2.engine.setup takes it from a dataset")
         if cfg.INPUT.FORMAT != "RGB":
             raise UserError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT}, but the model takes RGB images")
-        criterion, postprocessor = Criterion(cfg), Postprocessor(cfg)
-        backbone = build_from(BACKBONE_REGISTRY, "MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, cfg, None)
+        input_shape = ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN))  # as Detectron2's build_backbone does
+        backbone = build_from(BACKBONE_REGISTRY, "MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, cfg, input_shape)
         shape = backbone.output_shape()
 
         def part(registry: Registry, node: str, *args: object) -> nn.Module:
@@ -84,8 +85,8 @@ class KMaXDeepLab(nn.Module):
             "pixel_decoder": pixel_decoder,
             "transformer_decoder": transformer_decoder,
             "semantic_head": semantic_head,
-            "criterion": criterion,
-            "postprocessor": postprocessor,
+            "criterion": part(CRITERION_REGISTRY, "LOSS"),
+            "postprocessor": Postprocessor(cfg),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "test_size": tuple(cfg.INPUT.CROP_SIZE) if kmax.TEST.PAD_TO_CROP else None,
@@ -101,7 +102,7 @@ class KMaXDeepLab(nn.Module):
         """Where the model is."""
         return self.pixel_mean.device
 
-    def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[Results]:
+    def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[ModelOutput]:
         """Detectron2's interface.
 
         Args:
@@ -118,7 +119,7 @@ class KMaXDeepLab(nn.Module):
         images = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
         if self.training:
             return self._losses(images, batched_inputs)
-        results: dict[int, Results] = {}
+        results: dict[int, ModelOutput] = {}
         # Images of one padded size go through the network together: padding never depends on a neighbor.
         groups: dict[tuple[int, int], list[int]] = {}
         for index, image in enumerate(images):
@@ -178,11 +179,11 @@ class KMaXDeepLab(nn.Module):
         return batch
 
     def _predict(self, batch: torch.Tensor, *, auxiliary_classes: bool) -> tuple[Prediction, list[Prediction]]:
-        return self.transformer_decoder(self.pixel_decoder(self.backbone(batch)), auxiliary_classes)
+        return self.transformer_decoder(self.pixel_decoder(backbone_maps(self.backbone, batch)), auxiliary_classes)
 
     def _losses(self, images: list[torch.Tensor], batched_inputs: list[dict]) -> dict[str, torch.Tensor]:
         height, width = (padded_side(max(image.shape[axis] for image in images)) for axis in (1, 2))
-        features = self.backbone(self._batch(images, (height, width)))
+        features = backbone_maps(self.backbone, self._batch(images, (height, width)))
         semantic_logits = self.semantic_head(features) if self.semantic_head is not None else None
         final, auxiliary = self.transformer_decoder(self.pixel_decoder(features))
         targets = make_targets(

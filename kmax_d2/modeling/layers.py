@@ -124,3 +124,24 @@ def resize(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
 def padded_side(side: int) -> int:
     """The next 32k + 1 at or above `side`, in pixels, and at least 33: what all strides up to 32 divide evenly."""
     return max(1, (side + 30) // 32) * 32 + 1
+
+
+def backbone_maps(backbone: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Runs a backbone on padded images (B, 3, H, W) with sides 32k + 1; a map of stride s has sides 32k / s + 1.
+
+    Detectron2's backbones may need sides that a number divides (FPN), or squares of one size (ViT): then the images are
+    padded further and the maps cropped.
+    """
+    height, width = images.shape[-2:]
+    divisor = max(1, getattr(backbone, "size_divisibility", 0))
+    square = getattr(backbone, "padding_constraints", {}).get("square_size", 0)
+    bottom, right = (max(square, -(-side // divisor) * divisor) - side for side in (height, width))
+    if not bottom and not right:
+        return backbone(images)
+    strides = {name: shape.stride for name, shape in backbone.output_shape().items()}
+    maps = backbone(F.pad(images, (0, right, 0, bottom)))
+    return {
+        name: x[..., : (height - 1) // strides[name] + 1, : (width - 1) // strides[name] + 1]
+        for name, x in maps.items()
+        if name in strides
+    }

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.utils.registry import Registry
 
 from ..errors import UserError
 from .build import thing_mask
@@ -67,6 +68,15 @@ def look_up(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return table.index_select(0, index.flatten().int()).view(index.shape)
 
 
+MERGING_REGISTRY = Registry("MERGING")
+MERGING_REGISTRY.__doc__ = """
+Classes that merge masks, named by `MODEL.KMAX.TEST.MERGING` and built by their class method `from_config(cfg)`. They
+have the attributes `is_thing`, `thing_area_limit`, and `stuff_area_limit`, and are called as
+:meth:`MaskWiseMerging.__call__`, whose result they return.
+"""
+
+
+@MERGING_REGISTRY.register()
 @dataclass(eq=False)
 class MaskWiseMerging:
     """Pastes masks one after the other, the most confident first.

@@ -10,13 +10,10 @@ from detectron2.utils.registry import Registry
 from timm.layers import LayerNorm2d
 from torch import nn
 
-from ..errors import UserError
 from .axial_attention import AxialBlock
-from .build import keyword_arguments
+from .build import build_from, find_map, keyword_arguments
 from .layers import ConvBN, resize
 from .residual import EXPANSION, Bottleneck
-
-BLOCKS = {"axial": AxialBlock, "bottleneck": Bottleneck}
 
 PIXEL_DECODER_REGISTRY = Registry("PIXEL_DECODER")
 PIXEL_DECODER_REGISTRY.__doc__ = """
@@ -24,6 +21,15 @@ Pixel decoders, named by `MODEL.KMAX.PIXEL_DECODER.NAME`. Each is called with `(
 backbone's maps by name, and has `output_shape()`: the ShapeSpecs of the list of maps, coarse to fine, that its forward
 pass makes of the backbone's maps by name.
 """
+
+
+PIXEL_BLOCK_REGISTRY = Registry("PIXEL_BLOCK")
+PIXEL_BLOCK_REGISTRY.__doc__ = """
+Blocks of the pixel decoder, named in `MODEL.KMAX.PIXEL_DECODER.KINDS` and called with `(channels, width, norm=norm)`, a
+"bottleneck" with `dilation` too. The forward pass turns maps of `channels` into maps of 4 · width channels.
+"""
+PIXEL_BLOCK_REGISTRY._do_register("axial", AxialBlock)
+PIXEL_BLOCK_REGISTRY._do_register("bottleneck", Bottleneck)
 
 
 class Fusion(nn.Module):
@@ -51,8 +57,8 @@ class KMaXPixelDecoder(nn.Module):
 
     Args:
         input_shape: shape of each encoder map by name.
-        in_features, widths, blocks, kinds: of each stage the map it reads, its base width, the number of its blocks,
-            and whether they are "axial" or "bottleneck".
+        in_features, widths, blocks, kinds: of each stage the map it reads, by :func:`~kmax_d2.modeling.build.find_map`,
+            its base width, the number of its blocks, and their kind in PIXEL_BLOCK_REGISTRY.
         dilation: dilation of the bottlenecks' 3×3 convolutions.
     """
 
@@ -69,18 +75,9 @@ class KMaXPixelDecoder(nn.Module):
         norm: str = "SyncBN",
     ):
         super().__init__()
-        missing = [name for name in in_features if name not in input_shape]
-        if missing:
-            raise UserError(
-                f"MODEL.KMAX.PIXEL_DECODER.IN_FEATURES names {missing}, but the backbone has {list(input_shape)}"
-            )
-        if unknown := set(kinds) - BLOCKS.keys():
-            raise UserError(
-                f"MODEL.KMAX.PIXEL_DECODER.KINDS has {', '.join(sorted(unknown))}, but there are {', '.join(BLOCKS)}"
-            )
-        self.in_features = list(in_features)
-        in_channels = [input_shape[name].channels for name in in_features]
-        strides = [input_shape[name].stride for name in in_features]
+        self.in_features = [find_map(name, input_shape) for name in in_features]
+        in_channels = [input_shape[name].channels for name in self.in_features]
+        strides = [input_shape[name].stride for name in self.in_features]
         self.input_norms = nn.ModuleList(LayerNorm2d(channels, eps=1e-6) for channels in in_channels)
         self.stages = nn.ModuleList()
         self.fusions = nn.ModuleList()
@@ -93,7 +90,8 @@ class KMaXPixelDecoder(nn.Module):
             options: dict[str, Any] = {"dilation": dilation} if kind == "bottleneck" else {}
             stage = nn.Sequential()
             for _ in range(depth):
-                stage.append(BLOCKS[kind](channels, width, norm=norm, **options))
+                option = "MODEL.KMAX.PIXEL_DECODER.KINDS"
+                stage.append(build_from(PIXEL_BLOCK_REGISTRY, option, kind, channels, width, norm=norm, **options))
                 channels = EXPANSION * width
             self.stages.append(stage)
             self._output_shape.append(ShapeSpec(channels=channels, stride=strides[index]))

@@ -1,46 +1,54 @@
 """From the prediction for one image to Detectron2's results at the original size."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import configurable
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-from .merging import MaskWiseMerging, Segmentation, count_values, look_up
+from .build import find_part
+from .merging import MERGING_REGISTRY, MaskWiseMerging, Segmentation, count_values, look_up
 from .top_two import by_rows, marginal_classes, row_strips
 
 
-class Results(Mapping):
-    """The results for one image by name, each computed when it is first read.
-
-    "semantic" is the class map (H, W) int64. Detectron2's one-hot "sem_seg" (K, H, W) uint8, many times as large, is
-    there too, but a loop over the names passes it by.
+class ModelOutput(dict):
+    """The results for one image by name, each computed when it is first read. Copies are plain dicts with all values.
 
     Args:
-        compute: for each name the function that gives its result.
+        compute: for each name the function that gives its result, called with this dict.
     """
 
-    def __init__(self, compute: Mapping[str, Callable[[], Any]]):
-        self._compute = compute
-        self._results: dict[str, Any] = {}
+    def __init__(self, compute: Mapping[str, Callable[[dict], Any]]):
+        super().__init__({name: _Deferred(function) for name, function in compute.items()})
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self._results:
+        value = super().__getitem__(name)
+        if isinstance(value, _Deferred):
             with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-                self._results[name] = self._compute[name]()
-        return self._results[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._compute
+                value = self[name] = value.function(self)
+        return value
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name in self._compute if name != "sem_seg")
+        return super().__iter__()  # with a method of its own, dict(self) reads values by __getitem__
 
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+    get, items, values = Mapping.get, Mapping.items, Mapping.values  # type: ignore[assignment]
+    pop, popitem, setdefault = MutableMapping.pop, MutableMapping.popitem, MutableMapping.setdefault  # type: ignore
+
+    def __reduce__(self) -> tuple:
+        return dict, (dict(self),)
+
+    def copy(self) -> dict:
+        """Returns a plain dict with all values."""
+        return dict(self)
+
+
+class _Deferred(NamedTuple):
+    """A value that is not computed yet."""
+
+    function: Callable[[dict], Any]
 
 
 def one_hot(classes: torch.Tensor, num_classes: int) -> torch.Tensor:
@@ -86,7 +94,7 @@ class Postprocessor(nn.Module):
         test = cfg.MODEL.KMAX.TEST
         wanted = {"panoptic": test.PANOPTIC_ON, "semantic": test.SEMANTIC_ON, "instance": test.INSTANCE_ON}
         return {
-            "merging": MaskWiseMerging.from_config(cfg),
+            "merging": find_part(MERGING_REGISTRY, "MODEL.KMAX.TEST.MERGING", test.MERGING).from_config(cfg),
             "merge_at_crop": test.MERGE_AT_CROP,
             "outputs": [name for name, on in wanted.items() if on],
             "semantic": test.SEMANTIC,
@@ -101,7 +109,7 @@ class Postprocessor(nn.Module):
         padded: tuple[int, int],
         real: tuple[int, int],
         original: tuple[int, int],
-    ) -> Results:
+    ) -> ModelOutput:
         """Gives the results for one image.
 
         Args:
@@ -114,24 +122,24 @@ class Postprocessor(nn.Module):
             size, extent = original, ((real[0] - 1) / (padded[0] - 1), (real[1] - 1) / (padded[1] - 1))
             real = original
         merged = self.merging(class_logits, mask_logits, size, extent)
-        compute: dict[str, Callable[[], Any]] = {}
+        compute: dict[str, Callable[[dict], Any]] = {}
         if "panoptic" in self.outputs:
-            compute["panoptic_seg"] = lambda: panoptic_result(merged, real, original)
+            compute["panoptic_seg"] = lambda _: panoptic_result(merged, real, original)
         if "semantic" in self.outputs:
             by_query = self.semantic == "query"
-            logits = None if by_query else (class_logits, mask_logits)  # results should not hold them for nothing
+            logits = None if by_query else (class_logits, mask_logits)  # kept in memory only where they are needed
 
-            def semantic() -> torch.Tensor:
+            def semantic(_: dict) -> torch.Tensor:
                 classes = query_classes(merged) if logits is None else marginal_classes(*logits, size, extent)
                 return resize_nearest(classes, real, original)
 
+            num_classes = class_logits.shape[1] - 1
             compute["semantic"] = semantic
-            compute["sem_seg"] = lambda: one_hot(results["semantic"], len(self.merging.is_thing))
+            compute["sem_seg"] = lambda output: one_hot(output["semantic"], num_classes)
         if "instance" in self.outputs:
             instances = self.query_instances if self.instance == "query" else self.panoptic_instances
-            compute["instances"] = lambda: instances(merged, real, original)
-        results = Results(compute)
-        return results
+            compute["instances"] = lambda _: instances(merged, real, original)
+        return ModelOutput(compute)
 
     def panoptic_instances(self, merged: Segmentation, real: tuple[int, int], size: tuple[int, int]) -> Instances:
         """The official instances: pixels of each thing class in :func:`query_classes`, split by the pasted queries.

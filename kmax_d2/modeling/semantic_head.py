@@ -9,7 +9,7 @@ from detectron2.utils.registry import Registry
 from timm.layers import trunc_normal_tf_
 from torch import nn
 
-from .build import keyword_arguments
+from .build import find_map, keyword_arguments
 from .layers import ConvBN, DepthwiseSeparable, flatten_pixels, resize
 
 SEMANTIC_HEAD_REGISTRY = Registry("SEMANTIC_HEAD")
@@ -66,7 +66,7 @@ class ASPPSemanticHead(nn.Module):
     """Logits at the stride of stage2 by an ASPP and two fusions, as in Panoptic-DeepLab's decoder (COCO, ADE20K).
 
     Args:
-        input_shape: shape of each encoder map by name; stage2, stage3 and stage5 are read.
+        input_shape: shape of each encoder map by name; those of stride 4, 8, and 32 are read (stage2, stage3, stage5).
         num_classes: K; the output has K + 1 channels, void last.
         act_layer: the encoder's own activation, applied to its raw stage2 and stage3.
         channels, low_level_channels: of the ASPP and the fused maps, and that stage3 and stage2 are projected to.
@@ -87,10 +87,11 @@ class ASPPSemanticHead(nn.Module):
     ):
         super().__init__()
         self.act = act_layer()
-        self.aspp = ASPP(input_shape["stage5"].channels, channels, rates=aspp_rates, dropout=dropout, norm=norm)
+        self.coarse, *self.fine = (find_map(name, input_shape) for name in ("stage5", "stage3", "stage2"))
+        self.aspp = ASPP(input_shape[self.coarse].channels, channels, rates=aspp_rates, dropout=dropout, norm=norm)
         self.low_level = nn.ModuleList(
             ConvBN(input_shape[name].channels, width, norm=norm, act_layer=nn.GELU)
-            for name, width in zip(("stage3", "stage2"), low_level_channels, strict=True)
+            for name, width in zip(self.fine, low_level_channels, strict=True)
         )
         self.fuse = nn.ModuleList(
             DepthwiseSeparable(channels + width, channels, norm=norm) for width in low_level_channels
@@ -107,8 +108,8 @@ class ASPPSemanticHead(nn.Module):
 
     def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
         """The encoder's maps by name to logits (B, K + 1, H / 4, W / 4)."""
-        x = self.aspp(features["stage5"])
-        for name, low_level, fuse in zip(("stage3", "stage2"), self.low_level, self.fuse, strict=True):
+        x = self.aspp(features[self.coarse])
+        for name, low_level, fuse in zip(self.fine, self.low_level, self.fuse, strict=True):
             low = low_level(self.act(features[name]))
             x = fuse(torch.cat([resize(x, low.shape[-2:]), low], dim=1))
         return self.classifier(self.head(x))
@@ -121,7 +122,8 @@ class PointwiseSemanticHead(nn.Module):
     @configurable
     def __init__(self, input_shape: dict[str, ShapeSpec], num_classes: int, *, norm: str, channels: int = 256):
         super().__init__()
-        self.head = DepthwiseSeparable(input_shape["stage5"].channels, channels, norm=norm)
+        self.coarse = find_map("stage5", input_shape)
+        self.head = DepthwiseSeparable(input_shape[self.coarse].channels, channels, norm=norm)
         self.classifier = classifier(channels, num_classes)
 
     @classmethod
@@ -133,4 +135,4 @@ class PointwiseSemanticHead(nn.Module):
 
     def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
         """The encoder's maps by name to logits (B, K, H / 32, W / 32)."""
-        return self.classifier(self.head(features["stage5"]))
+        return self.classifier(self.head(features[self.coarse]))

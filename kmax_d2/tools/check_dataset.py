@@ -41,6 +41,7 @@ from PIL import Image
 from tabulate import tabulate
 
 from ..data.check import Dataset, Findings, registered, unregistered
+from ..data.datasets import register_shared
 from ..data.segment_ids import rgb2id
 from ..data.suitability import model_warnings, training_warnings
 from ..engine import load_config, ready_config
@@ -66,6 +67,7 @@ def datasets(args: argparse.Namespace) -> tuple[CfgNode, list[str]]:
             "or --train-data and --test-data"
         )
     if not config:
+        register_shared()
         for name in args.names:
             if name not in DatasetCatalog:
                 raise UserError(f"no dataset {name} is registered{did_you_mean(name, DatasetCatalog.list())}")

@@ -14,6 +14,8 @@ from detectron2.data.datasets.coco_panoptic import register_coco_panoptic
 
 from kmax_d2.data.datasets import register_all
 
+# Names of this project, which are registered only if they are absent.
+OURS = "ade20k_panoptic", "coconut_", "relabeled_coco", "mapillary_vistas", "coco_2017_unlabeled_pan", "coco_2017_test"
 SCRIPTS = str(Path(__file__).parents[2] / "datasets")
 
 
@@ -43,7 +45,7 @@ def registered(folder):
 def _register(root):
     coco = {f"coco_2017_{split}_panoptic": f"{split}2017" for split in ("train", "val")}
     cityscapes = [f"cityscapes_fine_panoptic_{split}" for split in ("train", "val")]
-    for name in [*coco, *cityscapes]:
+    for name in [*coco, *cityscapes, *(name for name in DatasetCatalog.list() if name.startswith(OURS))]:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     for name, split in coco.items():

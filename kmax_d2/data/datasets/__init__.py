@@ -6,20 +6,44 @@ from . import ade20k, coco_panoptic, coconut, mapillary, server_splits, shapes
 
 
 def register_all(root: str) -> None:
-    """Registers the datasets that Detectron2 itself lacks; files are read or drawn when a dataset is first used.
+    """Registers all datasets of this project; files are read or drawn when a dataset is first used.
 
-    The folder `root` contains ADEChallengeData2016, cityscapes, coco, and mapillary_vistas.
+    Names that are registered already are left alone. The folder `root` contains ADEChallengeData2016, cityscapes, coco,
+    and mapillary_vistas.
     """
+    _register_unshared(root)
+    ade20k.register(root)
+
+
+def register_shared() -> None:
+    """Registers ADE20K below $DETECTRON2_DATASETS unless that is done.
+
+    Mask2Former and its descendants register the same names, and fail if they exist. So these wait until a config or a
+    tool of this project needs them.
+    """
+    ade20k.register(_root())
+
+
+def _register_unshared(root: str) -> None:
     for split in shapes.SPLITS:
         images, pngs = (str(shapes.folder() / name) for name in (split, f"panoptic_{split}"))
         coco_panoptic.register(
-            f"shapes_{split}", images, pngs, f"{pngs}.json", categories=shapes.CATEGORIES, prepare=shapes.prepare
+            f"shapes_{split}",
+            images,
+            pngs,
+            f"{pngs}.json",
+            categories=shapes.CATEGORIES,
+            prepare=shapes.prepare,
+            replace=False,
         )
-    for dataset in (ade20k, coconut, mapillary):
+    for dataset in (coconut, mapillary, server_splits):
         dataset.register(root)
-    server_splits.register(root)
 
 
-register_all(os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets")))
+def _root() -> str:
+    return os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
 
-__all__ = ["ade20k", "coco_panoptic", "coconut", "mapillary", "register_all", "server_splits", "shapes"]
+
+_register_unshared(_root())
+
+__all__ = ["ade20k", "coco_panoptic", "coconut", "mapillary", "register_all", "register_shared", "shapes"]

@@ -25,5 +25,11 @@ def register(root: str) -> None:
         name = f"ade20k_panoptic_{split}"
         images, pngs = os.path.join(folder, "images", part), os.path.join(folder, name)
         coco_panoptic.register(
-            name, images, pngs, f"{pngs}.json", categories=CATEGORIES, evaluator_type="ade20k_panoptic_seg"
+            name,
+            images,
+            pngs,
+            f"{pngs}.json",
+            categories=CATEGORIES,
+            evaluator_type="ade20k_panoptic_seg",
+            replace=False,
         )

@@ -214,8 +214,13 @@ def _color(index: int) -> list[int]:
     return [sum(bits[3 * bit + channel] << (7 - bit) for bit in range(8)) for channel in range(3)]
 
 
-def register_records(name: str, load: Callable[[], list[dict]], **metadata: object) -> None:
-    """Registers a dataset in Detectron2's catalogs, in place of one of the same name; `load` returns the records."""
+def register_records(name: str, load: Callable[[], list[dict]], *, replace: bool = True, **metadata: object) -> None:
+    """Registers a dataset in Detectron2's catalogs; `load` returns the records.
+
+    A dataset of the same name, which may be another project's, is replaced, or left as it is without `replace`.
+    """
+    if name in DatasetCatalog and not replace:
+        return
     DatasetCatalog.pop(name, None)
     MetadataCatalog.pop(name, None)
     DatasetCatalog.register(name, load)
@@ -231,15 +236,17 @@ def register(
     categories: Sequence[dict] | None = None,
     prepare: Callable[[], object] | None = None,
     evaluator_type: str = "coco_panoptic_seg",
+    replace: bool = True,
 ) -> None:
     """Registers a dataset in COCO panoptic format; apart from the categories, files are read when it is first used.
 
     Args:
-        name: name in the catalogs; a previous dataset of the same name is replaced.
+        name: name in the catalogs.
         image_root, panoptic_root, json_file: where the data are; the images may be in several folders.
         categories: the JSON's, if they are known without reading it; if empty, they are read with the records.
         prepare: creates the files if needed.
         evaluator_type: selects the evaluators.
+        replace: whether a dataset of the same name is replaced, or left as it is.
     """
     if categories is None:
         categories = read_categories(json_file)
@@ -252,6 +259,7 @@ def register(
     register_records(
         name,
         records,
+        replace=replace,
         image_root=image_root,
         panoptic_root=panoptic_root,
         panoptic_json=json_file,

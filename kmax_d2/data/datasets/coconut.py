@@ -22,4 +22,4 @@ def register(root: str) -> None:
     coconut = [(f"{name}_panoptic", [os.path.join(coco, each) for each in IMAGES[name]], name) for name in IMAGES]
     for dataset, images, name in (unlabeled, *coconut):
         pngs, json_file = os.path.join(coco, name), os.path.join(coco, "annotations", f"{name}.json")
-        coco_panoptic.register(dataset, images, pngs, json_file, categories=COCO_CATEGORIES)
+        coco_panoptic.register(dataset, images, pngs, json_file, categories=COCO_CATEGORIES, replace=False)

@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from detectron2.data import Metadata, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 
 from . import coco_panoptic
 
@@ -31,6 +31,8 @@ def register(root: str) -> None:
             parent = os.path.join(root, "mapillary_vistas", folder)
             images, pngs = os.path.join(parent, "images"), os.path.join(parent, f"v{version}", "panoptic")
             json_file = os.path.join(pngs, file)
+            if name in DatasetCatalog:
+                continue
             coco_panoptic.register(name, images, pngs, json_file, categories=())
             known = MetadataCatalog.get(name).as_dict()
             MetadataCatalog[name] = JsonMetadata(**{key: known[key] for key in known.keys() - CLASSES.keys()})

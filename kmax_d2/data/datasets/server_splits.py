@@ -41,10 +41,11 @@ def register(root: str) -> None:
     for split in ("test", "test-dev"):
         json_file = os.path.join(root, "coco", "annotations", f"image_info_{split}2017.json")
         load = partial(load_coco, json_file, os.path.join(root, "coco", "test2017"))
-        register_records(f"coco_2017_{split}_panoptic", load, server_name=f"{split}2017", **coco)
+        register_records(f"coco_2017_{split}_panoptic", load, replace=False, server_name=f"{split}2017", **coco)
     register_records(
         "cityscapes_fine_panoptic_test",
         partial(load_cityscapes, os.path.join(root, "cityscapes", "leftImg8bit", "test")),
+        replace=False,
         evaluator_type="cityscapes_panoptic_seg",
         server_name="cityscapes_panoptic_test",
         **metadata_of(CITYSCAPES_CATEGORIES),
