@@ -62,7 +62,7 @@ def _has_device(name: Any) -> bool:
 
 def _is_model(name: Any) -> bool:
     """Returns whether a meta-architecture is this project's or the user's, not one of Detectron2's."""
-    return name in META_ARCH_REGISTRY and not META_ARCH_REGISTRY.get(name).__module__.startswith("detectron2.")
+    return name in META_ARCH_REGISTRY and not str(META_ARCH_REGISTRY.get(name).__module__).startswith("detectron2.")
 
 
 FACTOR, POSITIVE, SHARE = number(0), number(0, above=True), number(0, 1)

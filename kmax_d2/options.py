@@ -150,7 +150,8 @@ def _same(one: Any, other: Any) -> bool:
 def _has_foreign_parts(cfg: CfgNode) -> bool:
     """Returns whether model or backbone are from elsewhere, and may read any option of the model."""
     parts = ((META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE), (BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME))
-    return any(not registry.get(name).__module__.startswith("kmax_d2.") for registry, name in parts if name in registry)
+    found = [registry.get(name) for registry, name in parts if name in registry]
+    return any(not str(part.__module__).startswith("kmax_d2.") for part in found)
 
 
 def set_test_size(cfg: CfgNode) -> None:

@@ -3,26 +3,40 @@
 import gc
 import logging
 import pickle
+import re
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets.builtin_meta import _get_builtin_metadata
+from detectron2.engine import hooks
 from detectron2.evaluation import COCOEvaluator, COCOPanopticEvaluator, DatasetEvaluators, inference_on_dataset
-from detectron2.modeling import BACKBONE_REGISTRY, build_model
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_model
 from detectron2.modeling.backbone import Backbone, SwinTransformer
+from detectron2.solver import LRMultiplier
 from detectron2.structures import Instances
+from detectron2.utils.events import EventStorage
 from detectron2.utils.visualizer import Visualizer
+from fvcore.common.param_scheduler import MultiStepParamScheduler
 from layouts import registered
 from layouts.coco import miniature_coco
+from runs import arguments, write_own_data
 from small import build, options
 from torch import nn
 
-from kmax_d2.engine import load_config
+from kmax_d2.data import MAPPER_REGISTRY, panoptic_png
+from kmax_d2.data.mapper import PanopticTrainMapper
+from kmax_d2.engine import Trainer, load_config, setup
+from kmax_d2.engine.train_loop import TrainLoop
 from kmax_d2.errors import UserError
+from kmax_d2.evaluation.panoptic import PanopticEvaluator
 from kmax_d2.images import read_rgb
+from kmax_d2.modeling import CRITERION_REGISTRY, MERGING_REGISTRY, PIXEL_BLOCK_REGISTRY, Criterion, MaskWiseMerging
 
 RESNET = ["MODEL.RESNETS.OUT_FEATURES", ["res2", "res3", "res4", "res5"], "MODEL.RESNETS.DEPTH", 18]
 RESNET += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.RESNETS.NORM", "BN"]
@@ -209,6 +223,58 @@ def test_detectron2_evaluators_and_visualizer(model, tmp_path):
         MetadataCatalog.remove("instances")
 
 
+def truth_as(output_of, name):
+    """Evaluates COCO's truth, in another model's form of output, with our evaluator of a dataset."""
+    evaluator = PanopticEvaluator(name)
+    evaluator.reset()
+    for record in DatasetCatalog.get("coco_2017_val_panoptic"):
+        ids = panoptic_png.read(record["pan_seg_file_name"])
+        evaluator.process([record], [{"panoptic_seg": output_of(ids, record["segments_info"])}])
+    return evaluator.evaluate()["panoptic_seg"]
+
+
+def as_panoptic_deeplab(ids, segments):
+    """Category · 1000 + instance, -1 for void, and no list of segments."""
+    labels = np.full(ids.shape, -1, np.int32)
+    for number, segment in enumerate(segments):
+        labels[ids == segment["id"]] = segment["category_id"] * 1000 + number * segment["isthing"]
+    return torch.from_numpy(labels), None
+
+
+def as_mask2former(ids, segments):
+    """Ids from 1, and a list without areas."""
+    labels = np.zeros(ids.shape, np.int32)
+    for number, segment in enumerate(segments, start=1):
+        labels[ids == segment["id"]] = number
+    keys = "category_id", "isthing"
+    found = [{"id": number} | {key: s[key] for key in keys} for number, s in enumerate(segments, start=1)]
+    return torch.from_numpy(labels), found
+
+
+@pytest.mark.parametrize("form", [as_panoptic_deeplab, as_mask2former])
+def test_our_evaluator_takes_other_models_outputs(form, tmp_path):
+    miniature_coco(tmp_path)
+    with registered(tmp_path):
+        assert truth_as(form, "coco_2017_val_panoptic")["PQ"] == 100
+
+
+def as_panoptic_fpn(ids, segments):
+    """Ids from 1, and separate numbers: 80 things from 0, and 53 stuff classes from 1."""
+    labels, found = as_mask2former(ids, segments)
+    return labels, [s | {"category_id": s["category_id"] - (0 if s["isthing"] else 79)} for s in found]
+
+
+def test_our_evaluator_takes_separate_numbers_of_things_and_stuff(tmp_path):
+    miniature_coco(tmp_path)
+    with registered(tmp_path):
+        coco = MetadataCatalog.get("coco_2017_val_panoptic")
+        separated = MetadataCatalog.get("numbers_are_separate")
+        separated.set(panoptic_json=coco.panoptic_json, panoptic_root=coco.panoptic_root)
+        separated.set(**_get_builtin_metadata("coco_panoptic_separated"))
+        assert truth_as(as_panoptic_fpn, "numbers_are_separate")["PQ"] == 100
+        MetadataCatalog.remove("numbers_are_separate")
+
+
 MASK2FORMER = """
 from detectron2.data import DatasetCatalog, MetadataCatalog
 for split in ("train", "val"):
@@ -233,3 +299,162 @@ def test_our_dataset_names_are_registered_when_a_config_needs_them():
     code += "kmax_d2.model_zoo.get_config('ade20k/r50_641')\nfrom kmax_d2.engine import ready_config\n"
     code += "ready_config('ade20k/r50_641')\nassert 'ade20k_panoptic_val' in DatasetCatalog"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- parts of the user's own, each in a few lines ---
+
+
+@CRITERION_REGISTRY.register()
+class FocusedCriterion(Criterion):
+    """Another loss and another matcher."""
+
+    matched = 0
+
+    @classmethod
+    def match(cls, class_logits, masks, targets):
+        cls.matched += 1
+        return Criterion.match(class_logits, masks, targets)
+
+    def forward(self, *arguments):
+        return {"loss_focused": sum(super().forward(*arguments).values())}
+
+
+@MERGING_REGISTRY.register()
+class MergingWithoutStuff(MaskWiseMerging):
+    def __call__(self, *arguments):
+        merged = super().__call__(*arguments)
+        return merged._replace(segments=[], segment_ids=torch.zeros_like(merged.segment_ids))
+
+
+@PIXEL_BLOCK_REGISTRY.register()
+class PlainBlock(nn.Sequential):
+    def __init__(self, channels, width, norm):
+        super().__init__(nn.Conv2d(channels, 4 * width, 3, padding=1), nn.ReLU())
+
+
+@MAPPER_REGISTRY.register()
+class GrayMapper(PanopticTrainMapper):
+    def __call__(self, record):
+        sample = super().__call__(record)
+        return sample | {"image": sample["image"].float().mean(0, keepdim=True).expand(3, -1, -1)}
+
+
+@META_ARCH_REGISTRY.register()
+class OneSegment(nn.Module):
+    """A meta-architecture of nothing but Detectron2's interface."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1, device=cfg.MODEL.DEVICE))
+
+    def forward(self, batch):
+        if self.training:
+            return {"loss_scale": self.scale.square().sum()}
+        return [self.output(x["height"], x["width"]) for x in batch]
+
+    def output(self, height, width):
+        ids = torch.ones(height, width, dtype=torch.int32)
+        return {"panoptic_seg": (ids, [{"id": 1, "category_id": 0, "isthing": False}])}
+
+
+class CountingLoop(TrainLoop):
+    def run_step(self):
+        super().run_step()
+        self.storage_of_user = self.iter
+
+
+class CustomTrainer(Trainer):
+    """Optimizer, scheduler, loop, checkpointer, hooks, and evaluator as a user of Detectron2 would replace them."""
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        return torch.optim.SGD(model.parameters(), cfg.SOLVER.BASE_LR)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg, optimizer):
+        steps = MultiStepParamScheduler(
+            [cfg.SOLVER.GAMMA**step for step in range(3)], milestones=cfg.SOLVER.STEPS, num_updates=4
+        )
+        return LRMultiplier(optimizer, steps, max_iter=4)
+
+    @classmethod
+    def build_train_loop(cls, cfg, model, data_loader, optimizer):
+        return CountingLoop(model, data_loader, optimizer, cfg.SEED)
+
+    @classmethod
+    def build_checkpointer(cls, cfg, model, **checkpointables):
+        checkpointer = super().build_checkpointer(cfg, model, **checkpointables)
+        checkpointer.add_checkpointable("notes", Notes())
+        return checkpointer
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name):
+        return COCOPanopticEvaluator(dataset_name, cfg.OUTPUT_DIR)
+
+    def build_hooks(self):
+        return [*super().build_hooks(), hooks.CallbackHook(after_step=lambda trainer: seen.append(trainer.iter))]
+
+
+class Notes:
+    def state_dict(self):
+        return {"author": "user"}
+
+    def load_state_dict(self, state):
+        seen.append(state["author"])
+
+
+seen = []
+
+
+@pytest.fixture(scope="module")
+def own_data(tmp_path_factory):
+    return write_own_data(tmp_path_factory.mktemp("data"))
+
+
+def train(trainer_class, own_data, output, resume=False, **changes):
+    cfg = setup(arguments(own_data, OUTPUT_DIR=str(output), TEST__EVAL_PERIOD=2, SOLVER__MAX_ITER=2, **changes))
+    with EventStorage():
+        trainer = trainer_class(cfg)
+        trainer.resume_or_load(resume=resume)
+        return trainer, trainer.train()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"MODEL__KMAX__LOSS__NAME": "FocusedCriterion"},
+        {"MODEL__KMAX__TEST__MERGING": "MergingWithoutStuff"},
+        {"MODEL__KMAX__PIXEL_DECODER__KINDS": ["axial", "axial", "PlainBlock", "bottleneck"]},
+        {"INPUT__DATASET_MAPPER_NAME": "GrayMapper"},
+        {"MODEL__META_ARCHITECTURE": "OneSegment", "MODEL__KMAX__TEST__INSTANCE_ON": False}
+        | {"MODEL__KMAX__TEST__SEMANTIC_ON": False},
+    ],
+    ids=lambda changes: next(iter(changes.values())) if isinstance(next(iter(changes.values())), str) else "PlainBlock",
+)
+def test_a_registered_part_trains_evaluates_and_resumes(changes, own_data, tmp_path):
+    _, results = train(Trainer, own_data, tmp_path, **changes)
+    assert 0 <= results["panoptic_seg"]["PQ"] <= 100
+    trainer, results = train(Trainer, own_data, tmp_path, resume=True, **changes | {"SOLVER__STEPS": (1,)})
+    assert trainer.start_iter == 2
+
+
+def test_a_trainer_with_other_parts(own_data, tmp_path):
+    seen.clear()
+    changes = {"SOLVER__STEPS": (1, 3), "SOLVER__GAMMA": 0.5}
+    trainer, results = train(CustomTrainer, own_data, tmp_path, **changes)
+    assert seen == [0, 1] and trainer._trainer.storage_of_user == 1
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * trainer.cfg.SOLVER.BASE_LR)
+    assert type(trainer.optimizer) is torch.optim.SGD and 0 <= results["panoptic_seg"]["PQ"] <= 100
+    trainer, _ = train(CustomTrainer, own_data, tmp_path, resume=True, **changes)
+    assert seen[-1] == "user" and trainer.start_iter == 2
+
+
+def test_the_examples_of_the_docs(own_data, tmp_path):
+    names = {}
+    text = (Path(__file__).parents[1] / "docs/extending.md").read_text()
+    for example in re.findall("```python\n(.*?)```", text, re.DOTALL):
+        exec(example, names)
+    changes = {"MODEL__KMAX__LOSS__NAME": "SmoothCriterion", "MODEL__BACKBONE__NAME": "build_swin_tiny"}
+    changes["MODEL__KMAX__TRANSFORMER_DECODER__CROSS_ATTENTION"] = "MyCrossAttention"
+    trainer, results = train(names["MyTrainer"], own_data, tmp_path, **changes)
+    assert "PQ" in results["panoptic_seg"] and "loss_smooth" in trainer.storage.histories()

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, MetadataCatalog, build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.engine import DefaultTrainer, HookBase
@@ -66,15 +67,25 @@ class Trainer(DefaultTrainer):
         data_loader = self.build_train_loader(cfg)
         device_ids = [comm.get_local_rank()] if cfg.MODEL.DEVICE.startswith("cuda") else None
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
-        precision = cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "float32"
-        self._trainer = TrainLoop(model, data_loader, optimizer, cfg.SEED, precision, cfg.SOLVER.ACCUMULATE)
+        self._trainer = self.build_train_loop(cfg, model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        keep, origin = cfg.SOLVER.KEEP_CHECKPOINTS, describe_model(cfg)
-        self.checkpointer = KMaXCheckpointer(
-            model, cfg.OUTPUT_DIR, keep=keep, origin=origin, trainer=weakref.proxy(self)
-        )
+        self.checkpointer = self.build_checkpointer(cfg, model, trainer=weakref.proxy(self))
         self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
         self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_train_loop(
+        cls, cfg: CfgNode, model: nn.Module, data_loader: Iterable, optimizer: torch.optim.Optimizer
+    ) -> TrainLoop:
+        """Returns what runs an iteration, a TrainLoop or a subclass of it."""
+        precision = cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "float32"
+        return TrainLoop(model, data_loader, optimizer, cfg.SEED, precision, cfg.SOLVER.ACCUMULATE)
+
+    @classmethod
+    def build_checkpointer(cls, cfg: CfgNode, model: nn.Module, **checkpointables: Any) -> KMaXCheckpointer:
+        """Returns the checkpointer of the training; `checkpointables` are saved with the model."""
+        keep, origin = cfg.SOLVER.KEEP_CHECKPOINTS, describe_model(cfg)
+        return KMaXCheckpointer(model, cfg.OUTPUT_DIR, keep=keep, origin=origin, **checkpointables)
 
     @property
     def final_model(self) -> nn.Module:

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -14,7 +15,7 @@ from PIL import Image
 from tabulate import tabulate
 
 from ..data import panoptic_png
-from ..data.datasets.coco_panoptic import categories_of, read_json
+from ..data.datasets.coco_panoptic import categories_of, read_json, things_of
 from ..data.segment_ids import id2rgb
 from ..errors import UserError
 from .output import archive, compact, empty_folder
@@ -55,16 +56,19 @@ class PanopticEvaluator(DatasetEvaluator):
     """
 
     def __init__(self, dataset_name: str, folder: Path | None = None, name: str = ""):
-        metadata = MetadataCatalog.get(dataset_name)
-        self.id_of = [category["id"] for category in categories_of(metadata)]
+        self.metadata = metadata = MetadataCatalog.get(dataset_name)
+        self.categories = categories_of(metadata)
+        self.id_of = [category["id"] for category in self.categories]
+        kinds = (metadata.get(f"{k}_dataset_id_to_contiguous_id", {}) for k in ("stuff", "thing"))
+        self.id_of_kind = [{index: id_ for id_, index in ids.items()} for ids in kinds]  # of stuff, of things
         self.json_file, self.root = metadata.get("panoptic_json"), metadata.get("panoptic_root", "")
-        self.names = metadata.stuff_classes
         self.folder, self.name = folder, name
         self.png_folder = None if folder is None else folder / name
         self.truth: dict | None = None
         if self.json_file is not None:
             content = read_json(self.json_file)
-            self.is_thing = {category["id"]: category["isthing"] == 1 for category in content["categories"]}
+            self.categories = content["categories"]
+            self.is_thing = {category["id"]: category["isthing"] == 1 for category in self.categories}
             self.truth = {annotation["image_id"]: annotation for annotation in content["annotations"]}
             names = Counter(Path(image["file_name"]).stem for image in content["images"])
             if folder is not None and len(names) < names.total():
@@ -85,19 +89,38 @@ class PanopticEvaluator(DatasetEvaluator):
             self.predictions.append(prediction)
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Submits images; an output's "panoptic_seg" is an id map (H, W), 0 for void, and the list of its segments."""
+        """Submits images; an output's "panoptic_seg" is an id map (H, W), 0 for void, and the list of its segments.
+
+        As in Detectron2, the list may be None, with ids of category_id · label_divisor + instance, and -1 for void.
+        """
         for record, output in zip(inputs, outputs, strict=True):
             ids, segments = output["panoptic_seg"]
+            ids = torch.as_tensor(ids)
+            if segments is None:
+                segments = self._encoded_segments(ids)
+                ids = ids + 1
             prediction = {
                 "image_id": record["image_id"],
                 "file_name": f"{Path(record['file_name']).stem}.png",
-                "segments_info": [{"id": s["id"], "category_id": self.id_of[s["category_id"]]} for s in segments],
+                "segments_info": [{"id": s["id"], "category_id": self._category_id(s)} for s in segments],
             }
             truth = None if self.truth is None else self.truth.get(record["image_id"])
             if truth is None and self.truth is not None:
                 raise UserError(f"{self.json_file} has no annotation for the image {record['file_name']}")
             compact_ids = compact(ids, max((segment["id"] for segment in segments), default=0))
             self.pool.submit(evaluate_image, compact_ids, prediction, truth, self.root, self.png_folder)
+
+    def _encoded_segments(self, ids: torch.Tensor) -> list[dict]:
+        """Returns the segments of a map of category_id · label_divisor + instance, whose ids are by 1 larger."""
+        labels, things = ids.unique().tolist(), things_of(self.metadata)
+        categories = {label: label // self.metadata.label_divisor for label in labels if label != -1}
+        return [{"id": label + 1, "category_id": c, "isthing": c in things} for label, c in categories.items()]
+
+    def _category_id(self, segment: dict) -> int:
+        """Returns the JSON's category of a segment; things and stuff may be numbered separately."""
+        if "isthing" not in segment:
+            return self.id_of[segment["category_id"]]
+        return self.id_of_kind[bool(segment["isthing"])][segment["category_id"]]
 
     def evaluate(self) -> dict | None:
         """Returns "panoptic_seg": PQ, SQ, and RQ of all classes, things (_th), and stuff (_st), in percent; on rank 0.
@@ -135,7 +158,7 @@ class PanopticEvaluator(DatasetEvaluator):
     def _write(self, folder: Path, predictions: list[dict]) -> None:
         predictions.sort(key=lambda prediction: prediction["image_id"])
         json_file, archived = folder / f"{self.name}.json", folder / f"{self.name}.zip"
-        categories = [{"id": id_, "name": name} for id_, name in zip(self.id_of, self.names, strict=True)]
+        categories = [{key: category[key] for key in ("id", "name")} for category in self.categories]
         json_file.write_text(json.dumps({"annotations": predictions, "categories": categories}))
         archive(archived, json_file, folder / self.name)
         logger.info("predictions for %d images are in %s", len(predictions), archived)

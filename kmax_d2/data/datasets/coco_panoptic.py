@@ -197,10 +197,15 @@ def metadata_of(categories: Sequence[dict]) -> dict:
     }
 
 
+def things_of(metadata: Metadata) -> set[int]:
+    """Returns the contiguous classes of a dataset that are things; none where the metadata do not name any."""
+    return set(metadata.get("thing_dataset_id_to_contiguous_id", {}).values())
+
+
 def categories_of(metadata: Metadata) -> list[dict]:
     """Returns the JSON categories of a dataset, in the order of the contiguous classes: :func:`metadata_of` undone."""
-    things, colors = metadata.thing_dataset_id_to_contiguous_id, metadata.get("stuff_colors")
-    id_of = {index: id_ for id_, index in (metadata.stuff_dataset_id_to_contiguous_id | things).items()}
+    things, stuff = (metadata.get(f"{kind}_dataset_id_to_contiguous_id", {}) for kind in ("thing", "stuff"))
+    id_of, colors = {index: id_ for id_, index in (stuff | things).items()}, metadata.get("stuff_colors")
     return [
         {"id": id_of[index], "name": name, "isthing": int(id_of[index] in things)}
         | ({"color": list(colors[index])} if colors else {})
