@@ -9,7 +9,6 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
-from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
@@ -18,6 +17,7 @@ from kmax_d2.command_line import run_program
 from kmax_d2.engine import Trainer, launch, setup
 from kmax_d2.engine.log import log_to
 from kmax_d2.errors import UserError
+from kmax_d2.evaluation import verify
 from kmax_d2.files import lock_folder
 from kmax_d2.speed import inference_model
 
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     results = Trainer.test(cfg, inference_model(model, cfg))
     if comm.is_main_process():
-        verify_results(cfg, results)
+        verify(cfg, results)
 
 
 def claim_output(cfg: CfgNode, args: argparse.Namespace) -> None:

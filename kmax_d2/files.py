@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -63,9 +64,9 @@ def make_folder(folder: Path) -> Path:
 
 
 def lock_folder(folder: Path) -> None:
-    """Claims a folder for this process until it ends, and removes what an earlier process left unfinished in it.
+    """Claims a folder for this process until it ends, and removes what :func:`whole_file` left unfinished in it.
 
-    Raises UserError while another process holds the folder. Without file locks (Windows), nothing is claimed.
+    Raises UserError while another process holds the folder. Without file locks (Windows), it only creates the folder.
     """
     make_folder(folder)
     with contextlib.suppress(ImportError):
@@ -77,8 +78,21 @@ def lock_folder(folder: Path) -> None:
         except BlockingIOError:
             os.close(lock)
             raise UserError(f"another run writes to {folder}: wait for it, or set another OUTPUT_DIR") from None
-    for unfinished in folder.glob(".*.part*"):
-        unfinished.unlink()
+        for file in folder.glob(".*.part*"):
+            unfinished = re.fullmatch(r"\..+\.(\d+)\.part(\.[^.]*)?", file.name)
+            if unfinished and file.is_file() and not _runs(int(unfinished[1])):
+                file.unlink()
+
+
+def _runs(pid: int) -> bool:
+    """Returns whether there is a process with this number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # it belongs to another user, or the number is too large for a process
+        pass
+    return True
 
 
 def write_png(file: Path, image: np.ndarray, **texts: str) -> None:

@@ -3,7 +3,7 @@
 import colorsys
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import cv2
 import numpy as np
@@ -15,18 +15,21 @@ from detectron2.utils.visualizer import VisImage, Visualizer
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
+from .data.datasets.coco_panoptic import things_of
 from .data.mapper import PanopticTestMapper, read_image, read_segments
+from .evaluation.semantic import class_map
 
 SHORT_SIDE = 384  # smaller pictures are enlarged to at least this many pixels, so that labels are readable
 LONG_SIDE = 4096  # but not beyond this
+PANEL_SIDE = 512  # pixels of the long side to which the panels of a result page are limited
 LEAST_SCORE = 0.5  # of the instances that are drawn
 
 
 class _SteadyVisualizer(Visualizer):
     """Detectron2's visualizer with readable labels, and with the same shades of instances in every run."""
 
-    def __init__(self, image: np.ndarray, metadata: Metadata):
-        super().__init__(enlarged(image), metadata)
+    def __init__(self, image: np.ndarray, metadata: Metadata, long_side: int | None = None):
+        super().__init__(enlarged(image, long_side), metadata)
         self._seen: Counter = Counter()
 
     def _jitter(self, color: Sequence[float]) -> tuple[float, float, float]:
@@ -55,20 +58,29 @@ class _SteadyVisualizer(Visualizer):
         return output
 
 
-def _enlarge(picture: np.ndarray, interpolation: int) -> np.ndarray:
-    """Scales a picture (H, W, ...) by the integer factor at which labels are readable."""
+def _enlarge(picture: np.ndarray, interpolation: int, long_side: int | None) -> np.ndarray:
+    """Scales a picture (H, W, ...) by the integer factor at which labels are readable, or down to `long_side`."""
     height, width = picture.shape[:2]
-    factor = max(1, min(-(-SHORT_SIDE // min(height, width)), LONG_SIDE // max(height, width)))
-    return cv2.resize(picture, (factor * width, factor * height), interpolation=interpolation)
+    limit = long_side or LONG_SIDE
+    factor: float = max(1, min(-(-SHORT_SIDE // min(height, width)), limit // max(height, width)))
+    if long_side and max(height, width) > long_side:
+        factor = long_side / max(height, width)
+        interpolation = cv2.INTER_AREA if interpolation == cv2.INTER_CUBIC else interpolation
+    size = max(1, round(factor * width)), max(1, round(factor * height))
+    return cv2.resize(picture, size, interpolation=interpolation)
 
 
-def enlarged(image: np.ndarray) -> np.ndarray:
+def enlarged(image: np.ndarray, long_side: int | None = None) -> np.ndarray:
     """Returns an image (H, W, 3) at the size that :func:`draw_panoptic` gives it."""
-    return _enlarge(image, cv2.INTER_CUBIC)
+    return _enlarge(image, cv2.INTER_CUBIC, long_side)
 
 
 def draw_panoptic(
-    image: np.ndarray, segment_ids: torch.Tensor | np.ndarray, segments: list[dict], metadata: Metadata
+    image: np.ndarray,
+    segment_ids: torch.Tensor | np.ndarray,
+    segments: list[dict],
+    metadata: Metadata,
+    long_side: int | None = None,
 ) -> np.ndarray:
     """Draws a segmentation and its labels over an image.
 
@@ -77,30 +89,36 @@ def draw_panoptic(
         segment_ids: (H, W), 0 for void.
         segments: for each segment a dict with "id", "category_id" (contiguous), "isthing", and optionally "score".
         metadata: the dataset's, with class names and colors.
+        long_side: pixels of the picture's long side, to which a larger image is shrunk; None shrinks none.
 
     Returns:
         (f H, f W, 3) uint8, RGB; the integer f is 1 except for small images.
     """
-    ids = _enlarge(torch.as_tensor(segment_ids).cpu().numpy().astype(np.int32), cv2.INTER_NEAREST)
+    ids = _enlarge(torch.as_tensor(segment_ids).cpu().numpy().astype(np.int32), cv2.INTER_NEAREST, long_side)
     copies = [dict(segment) for segment in segments]  # Detectron2 changes them
-    return _SteadyVisualizer(image, metadata).draw_panoptic_seg(torch.from_numpy(ids), copies, alpha=0.6).get_image()
+    visualizer = _SteadyVisualizer(image, metadata, long_side)
+    return visualizer.draw_panoptic_seg(torch.from_numpy(ids), copies, alpha=0.6).get_image()
 
 
-def draw_semantic(image: np.ndarray, classes: np.ndarray, metadata: Metadata) -> np.ndarray:
+def draw_semantic(
+    image: np.ndarray, classes: np.ndarray, metadata: Metadata, long_side: int | None = None
+) -> np.ndarray:
     """Draws a class map (H, W) as :func:`draw_panoptic` draws segments."""
-    classes = _enlarge(classes, cv2.INTER_NEAREST)
-    return _SteadyVisualizer(image, metadata).draw_sem_seg(classes, alpha=0.6).get_image()
+    classes = _enlarge(classes, cv2.INTER_NEAREST, long_side)
+    return _SteadyVisualizer(image, metadata, long_side).draw_sem_seg(classes, alpha=0.6).get_image()
 
 
-def draw_instances(image: np.ndarray, instances: Instances, metadata: Metadata) -> np.ndarray:
+def draw_instances(
+    image: np.ndarray, instances: Instances, metadata: Metadata, long_side: int | None = None
+) -> np.ndarray:
     """Draws instances with a score of at least LEAST_SCORE as :func:`draw_panoptic` draws segments."""
     kept = instances[instances.scores >= LEAST_SCORE]
-    masks = [_enlarge(mask.astype(np.uint8), cv2.INTER_NEAREST) for mask in kept.pred_masks.numpy()]
+    masks = [_enlarge(mask.astype(np.uint8), cv2.INTER_NEAREST, long_side) for mask in kept.pred_masks.numpy()]
     labels = [
         f"{metadata.thing_classes[index]} {score:.0%}"
         for index, score in zip(kept.pred_classes, kept.scores, strict=True)
     ]
-    visualizer = _SteadyVisualizer(image, metadata)
+    visualizer = _SteadyVisualizer(image, metadata, long_side)
     colors = [visualizer._jitter(np.divide(metadata.thing_colors[index], 255)) for index in kept.pred_classes]
     return visualizer.overlay_instances(masks=masks, labels=labels, assigned_colors=colors, alpha=0.6).get_image()
 
@@ -164,28 +182,39 @@ def page(panels: Sequence[tuple[str, np.ndarray]], columns: int = 3) -> np.ndarr
 def result_page(model: nn.Module, record: dict, metadata: Metadata) -> np.ndarray:
     """Draws one image: the input, its ground truth if there is any, the prediction, and the clusters of each decoder.
 
-    Takes a record of the dataset, of which "file_name" is enough, or of the test mapper. Returns a :func:`page`.
+    Takes a record of the dataset, of which "file_name" is enough, or of the test mapper. A model without `predict` has
+    no clusters. Returns a :func:`page` of panels of at most PANEL_SIDE pixels.
     """
     if "image" not in record:
-        record = PanopticTestMapper(size=model.test_size)(record)
+        record = PanopticTestMapper(size=getattr(model, "test_size", None))(record)
     with inference_context(model):
-        segment_ids, segments = model([record])[0]["panoptic_seg"]
+        output = model([record])[0]
     image = read_image(record)
-    panels = [("input", enlarged(image))]
-    if "pan_seg_file_name" in record:
-        true_ids, classes = read_segments(record)
-        things = set(metadata.thing_dataset_id_to_contiguous_id.values())
+    panels = [("input", enlarged(image, PANEL_SIDE))]
+    if "pan_seg_file_name" in record and "segments_info" in record:
+        things = things_of(metadata)
+        true_ids, classes = read_segments(record, things)
         truth = [{"id": i, "category_id": c, "isthing": c in things} for i, c in enumerate(classes, start=1)]
-        panels.append(("ground truth", draw_panoptic(image, true_ids, truth, metadata)))
-    panels.append(("prediction", draw_panoptic(image, segment_ids, segments, metadata)))
-
-    *decoders, final = cluster_panels(image, assignments(model, record["image"]), record["image"].shape[-2:])
-    panels += decoders if len(panels) == 3 else [final, *decoders]
+        panels.append(("ground truth", draw_panoptic(image, true_ids, truth, metadata, PANEL_SIDE)))
+    panels.append(("prediction", _draw_output(image, output, metadata)))
+    if hasattr(model, "predict"):
+        clusters, size = assignments(model, record["image"]), record["image"].shape[-2:]
+        *decoders, final = cluster_panels(image, clusters, size, PANEL_SIDE)
+        panels += decoders if len(panels) == 3 else [final, *decoders]
     return page(panels)
 
 
+def _draw_output(image: np.ndarray, output: Mapping, metadata: Metadata) -> np.ndarray:
+    """Draws the first of an output's panoptic, semantic, and instance results that is on, as a panel."""
+    if "panoptic_seg" in output:
+        return draw_panoptic(image, *output["panoptic_seg"], metadata, PANEL_SIDE)
+    if "semantic" in output or "sem_seg" in output:
+        return draw_semantic(image, class_map(output).cpu().numpy(), metadata, PANEL_SIDE)
+    return draw_instances(image, output["instances"].to("cpu"), metadata, PANEL_SIDE)
+
+
 def cluster_panels(
-    image: np.ndarray, clusters: Sequence[np.ndarray], size: Sequence[int]
+    image: np.ndarray, clusters: Sequence[np.ndarray], size: Sequence[int], long_side: int | None = None
 ) -> list[tuple[str, np.ndarray]]:
     """Draws the clusters of each decoder and the final ones over an image: titles and pictures for a :func:`page`.
 
@@ -193,10 +222,12 @@ def cluster_panels(
         image: (H, W, 3), uint8, RGB.
         clusters: maps (h, w) of cluster indices, the final one last.
         size: (height, width) of the model's input, of which the maps are.
+        long_side: as for :func:`draw_panoptic`.
     """
+    image = enlarged(image, long_side)
     titles = [*(f"decoder {number}" for number in range(1, len(clusters))), "final clusters"]
     return [
-        (f"{title} (stride {_stride(size, clusters_at.shape)})", draw_assignment(enlarged(image), clusters_at))
+        (f"{title} (stride {_stride(size, clusters_at.shape)})", draw_assignment(image, clusters_at))
         for title, clusters_at in zip(titles, clusters, strict=True)
     ]
 

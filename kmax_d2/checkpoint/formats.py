@@ -19,6 +19,7 @@ from detectron2.utils.file_io import PathManager
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ..data.datasets.coco_panoptic import things_of
 from ..errors import UserError
 from .class_rows import published_metadata
 from .deeplab2 import CLASS_BIAS, deeplab2_to_state_dict
@@ -89,7 +90,7 @@ def _things(variables: Mapping, is_thing: list[bool]) -> list[bool]:
     metadata = published_metadata(count) if count != len(is_thing) else None
     if metadata is None:
         return is_thing
-    return [index in metadata.thing_dataset_id_to_contiguous_id.values() for index in range(count)]
+    return [index in things_of(metadata) for index in range(count)]
 
 
 def _read(file: str, resume: bool) -> dict:

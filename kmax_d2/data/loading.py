@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
 from detectron2.data.common import ToIterableDataset
 from detectron2.utils import comm
 from torch.utils.data import Dataset, IterableDataset, Sampler
@@ -21,18 +21,25 @@ logger = logging.getLogger(__name__)
 
 
 def training_records(names: Sequence[str], filter_empty: bool) -> list[dict] | IterableDataset:
-    """Loads the records of registered datasets and adds "isthing" to segments without it, as in Cityscapes.
+    """Loads the records of registered datasets.
 
-    `filter_empty` drops records without annotations.
+    `filter_empty` drops those with nothing but crowds and void. Raises UserError if that drops all.
     """
     records = get_detection_dataset_dicts(names, filter_empty=filter_empty)
     if isinstance(records, IterableDataset):
         return records
-    things = set(MetadataCatalog.get(names[0]).get("thing_dataset_id_to_contiguous_id", {}).values())
-    for record in records:
-        for segment in record.get("segments_info", ()):
-            segment.setdefault("isthing", segment["category_id"] in things)
-    return records
+    kept = [r for r in records if "segments_info" not in r or categories_in(r)] if filter_empty else records
+    if not kept:
+        raise UserError(f"no image of {', '.join(names)} has a segment: see DATALOADER.FILTER_EMPTY_ANNOTATIONS")
+    if len(kept) < len(records):
+        logger.info(f"{len(records) - len(kept)} of {len(records)} images have no segments and are left out")
+    return kept
+
+
+def categories_in(record: dict) -> set[int]:
+    """Returns the classes of a record's segments (or instances) that are not crowds."""
+    segments = record.get("segments_info", record.get("annotations", ()))
+    return {segment["category_id"] for segment in segments if not segment.get("iscrowd", 0)}
 
 
 class WithPasteSource(Dataset):
@@ -142,7 +149,15 @@ def build_seeded_loader(cfg: CfgNode, dataset: Any, mapper: Callable[[dict], dic
         return build_detection_train_loader(cfg, mapper=mapper, dataset=dataset)
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     seed_by(seed)  # from which Detectron2 draws the seed of its sampler
-    parts = build_detection_train_loader.from_config(cfg, mapper=mapper, dataset=dataset)
+    records = dataset  # of which Detectron2's samplers read the number, and this one the classes
+    if cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
+        source = dataset.dataset if isinstance(dataset, WithPasteSource) else dataset
+        records = [{"annotations": [{"category_id": c} for c in categories_in(record)]} for record in source]
+    try:
+        parts = build_detection_train_loader.from_config(cfg, mapper=mapper, dataset=records)
+    except AssertionError as error:
+        ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
+        raise UserError(f"DATALOADER.RANDOM_SUBSET_RATIO {ratio} of {len(dataset)} images is no image") from error
     parts |= {"dataset": SeededSamples(dataset, mapper, seed), "mapper": None}
     return build_detection_train_loader(**parts | {"sampler": NumberedSampler(parts["sampler"])})
 

@@ -1,12 +1,13 @@
 """Maps dataset records to the model's inputs, for training and for test."""
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import cv2
 import numpy as np
 import torch
 from detectron2.config import configurable
+from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.utils.registry import Registry
 
@@ -16,6 +17,7 @@ from . import panoptic_png
 from .augmentation import RandomPadCrop, ResizeToFit
 from .color import ColorPolicy
 from .copy_paste import PASTE_SOURCE, LabeledImage, copy_paste
+from .datasets.coco_panoptic import things_of
 from .segment_ids import NUM_IDS
 
 MAPPER_REGISTRY = Registry("MAPPER")
@@ -40,13 +42,20 @@ def read_image(record: dict) -> np.ndarray:
     return image
 
 
-def read_segments(record: dict) -> tuple[np.ndarray, list[int]]:
-    """Reads a record's masks.
+def is_thing(segment: dict, things: Collection[int]) -> bool:
+    """Returns what a segment says of itself or, as those of Cityscapes do not, whether its class is one of `things`."""
+    return segment.get("isthing", segment["category_id"] in things)
+
+
+def read_segments(record: dict, things: Collection[int] = ()) -> tuple[np.ndarray, list[int]]:
+    """Reads a record's masks; `things` are the contiguous classes of things, for segments without "isthing".
 
     Returns an (H, W) int16 map of 0 for void (also crowds) or 1 + the index of the pixel's mask, and the contiguous
     class of each mask. Stuff of one class is one mask; a mask may have no pixels. Raises UserError with the file's name
-    if the PNG cannot be read or has segments that the record lacks.
+    if the record has no panoptic annotation, or the PNG cannot be read or has segments that the record does not have.
     """
+    if "pan_seg_file_name" not in record or "segments_info" not in record:
+        raise UserError(f"the record of {record['file_name']} has no panoptic annotation, but the training needs one")
     file = record["pan_seg_file_name"]
     ids = panoptic_png.read(file)
     classes: list[int] = []
@@ -62,7 +71,7 @@ def read_segments(record: dict) -> tuple[np.ndarray, list[int]]:
         if segment.get("iscrowd", 0):
             label_of_id[id_] = VOID
             continue
-        label = None if segment["isthing"] else stuff.get(category)
+        label = None if is_thing(segment, things) else stuff.get(category)
         if label is None:
             classes.append(category)
             label = stuff[category] = len(classes)
@@ -90,6 +99,7 @@ class PanopticTrainMapper:
         paste_augmentations: the same for the image to paste from, if the record has one
             (:class:`~kmax_d2.data.loading.WithPasteSource`).
         pixel_mean: the model's mean of each RGB channel, 0 to 255. Padding has this value, so that the model sees 0.
+        things: the contiguous classes of things, for segments without "isthing".
     """
 
     @configurable
@@ -99,7 +109,9 @@ class PanopticTrainMapper:
         augmentations: Sequence[T.Augmentation],
         paste_augmentations: Sequence[T.Augmentation] = (),
         pixel_mean: Sequence[float],
+        things: Collection[int] = (),
     ):
+        self.things = things
         self.augmentations = T.AugmentationList(augmentations)
         self.paste_augmentations = T.AugmentationList(paste_augmentations)
         self.padding = torch.tensor(pixel_mean, dtype=torch.float32).view(-1, 1, 1)
@@ -113,21 +125,22 @@ class PanopticTrainMapper:
             "augmentations": build_augmentations(cfg),
             "paste_augmentations": build_augmentations(cfg, PASTE_SCALE),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "things": set().union(*(things_of(MetadataCatalog.get(name)) for name in cfg.DATASETS.TRAIN)),
         }
 
     def __call__(self, record: dict) -> dict:
-        """Returns the record without its paste source and with three more keys.
+        """Returns the record without its paste source and with more keys.
 
         "image" (3, H, W), RGB, uint8, or floating point if it has padding; "segment_ids" (H, W) int16, the index of the
         pixel's mask or -1 for void and padding; "segment_classes" (S,), the contiguous class of each mask. Every mask
-        has a pixel.
+        has a pixel. "height" and "width" are the file's, by which Detectron2 groups images of one orientation.
         """
-        image, labels, classes = self._augmented(record, self.augmentations)
+        height, width, (image, labels, classes) = self._augmented(record, self.augmentations)
         source = record.get(PASTE_SOURCE)
         if source is not None:
             segments = record["segments_info"] + source["segments_info"]
-            things = {segment["category_id"] for segment in segments if segment["isthing"]}
-            pasted = self._augmented(source, self.paste_augmentations)
+            things = {segment["category_id"] for segment in segments if is_thing(segment, self.things)}
+            *_, pasted = self._augmented(source, self.paste_augmentations)
             image, labels, classes = copy_paste((image, labels, classes), pasted, things)
         areas = cv2.calcHist([labels.view(np.uint16)], [0], None, [1 + len(classes)], [0, 1 + len(classes)])
         present = areas.ravel()[1:] > 0
@@ -141,11 +154,12 @@ class PanopticTrainMapper:
             "image": pixels,
             "segment_ids": torch.from_numpy(ids.take(labels, mode="clip")),
             "segment_classes": torch.tensor(classes, dtype=torch.int64)[torch.from_numpy(present)],
+            **{"height": height, "width": width},
         }
 
-    def _augmented(self, record: dict, augmentations: T.AugmentationList) -> LabeledImage:
+    def _augmented(self, record: dict, augmentations: T.AugmentationList) -> tuple[int, int, LabeledImage]:
         image = read_image(record)
-        labels, classes = read_segments(record)
+        labels, classes = read_segments(record, self.things)
         if labels.shape != image.shape[:2]:
             raise UserError(
                 f"the panoptic PNG {record['pan_seg_file_name']} is {labels.shape[1]}×{labels.shape[0]}, "
@@ -153,7 +167,7 @@ class PanopticTrainMapper:
             )
         inputs = T.AugInput(image, sem_seg=labels)
         augmentations(inputs)
-        return inputs.image.transpose(2, 0, 1), inputs.sem_seg, classes
+        return image.shape[0], image.shape[1], (inputs.image.transpose(2, 0, 1), inputs.sem_seg, classes)
 
 
 def build_augmentations(cfg, scale: float = 1.0) -> list[T.Augmentation]:

@@ -140,6 +140,11 @@ def prepare_datasets(cfg: CfgNode) -> None:
             raise UserError(f"no dataset {name} is registered{did_you_mean(name, DatasetCatalog.list())}")
         if _classes(name)[0] is None:
             raise UserError(f"the dataset {name} has no panoptic classes")
+        things, stuff = (
+            MetadataCatalog.get(name).get(f"{k}_dataset_id_to_contiguous_id", {}) for k in ("thing", "stuff")
+        )
+        if any(stuff.get(id_, index) != index for id_, index in things.items()):
+            raise UserError(f"the dataset {name} numbers things and stuff separately: use one with a single numbering")
         if _classes(name) != _classes(names[0]):
             raise UserError(f"the datasets {names[0]} and {name} have different classes")
     if names:
@@ -157,7 +162,7 @@ def prepare_datasets(cfg: CfgNode) -> None:
 def _classes(name: str) -> tuple:
     """Returns the class names of a dataset, None if it is not panoptic, and which of its classes are things."""
     metadata = MetadataCatalog.get(name)
-    return metadata.get("stuff_classes"), sorted(metadata.get("thing_dataset_id_to_contiguous_id", {}).values())
+    return metadata.get("stuff_classes"), coco_panoptic.things_of(metadata)
 
 
 def _register_own(cfg: CfgNode, split: str) -> str:

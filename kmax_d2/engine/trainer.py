@@ -1,6 +1,7 @@
 """Detectron2's trainer with this project's data, optimizer, checkpoints and evaluators."""
 
 import contextlib
+import inspect
 import logging
 import os
 import weakref
@@ -28,7 +29,7 @@ from ..data import MAPPER_REGISTRY, PanopticTestMapper, WithPasteSource
 from ..data.check import require_readable
 from ..data.loading import SkipBroken, build_seeded_loader, skip_samples, training_records
 from ..errors import UserError, hide_user_errors
-from ..evaluation import build_evaluator, require_evaluation
+from ..evaluation import build_evaluator, require_evaluation, verify
 from ..options import check
 from ..speed import training_model, use_precision
 from ..visualization import result_page
@@ -41,12 +42,17 @@ from .train_loop import TrainLoop
 from .writers import OptionalWriter, Progress, tracker
 
 
+logger = logging.getLogger(__name__)
+
+
 class Trainer(DefaultTrainer):
     """Trains and evaluates a model; subclasses can override what :class:`~detectron2.engine.DefaultTrainer` lets them.
 
     Attributes:
         average: the hook that keeps the averaged weights; None without SOLVER.EMA.ENABLED.
     """
+
+    _draws = True
 
     def __init__(self, cfg: CfgNode):
         # DefaultTrainer's constructor assumes a GPU for several processes and creates Detectron2's checkpointer.
@@ -134,21 +140,28 @@ class Trainer(DefaultTrainer):
             self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
 
     def _draw(self) -> None:
-        """Draws the predictions on some test images, always the same ones, for TensorBoard."""
+        """Draws the predictions on some test images, always the same ones, for TensorBoard, until that fails."""
         cfg, names = self.cfg, self.cfg.DATASETS.TEST
-        if not names or not comm.is_main_process():
+        if not names or not self._draws or not comm.is_main_process():
             return
-        records, count = get_detection_dataset_dicts(names[0], filter_empty=False), cfg.TEST.PICTURES
-        with use_precision(cfg.MODEL.KMAX.TEST.PRECISION, cfg.MODEL.DEVICE):
-            for record in records[:: max(1, len(records) // count)][:count]:
-                page = result_page(unwrapped(self.final_model), record, MetadataCatalog.get(names[0]))
-                self.storage.put_image(f"predictions/{Path(record['file_name']).stem}", page.transpose(2, 0, 1))
+        try:
+            inputs, count = self.build_test_loader(cfg, names[0]).dataset, cfg.TEST.PICTURES  # type: ignore[attr-defined]
+            with use_precision(cfg.MODEL.KMAX.TEST.PRECISION, cfg.MODEL.DEVICE):
+                for index in range(0, len(inputs), max(1, len(inputs) // count))[:count]:
+                    record = inputs[index]
+                    page = result_page(unwrapped(self.final_model), record, MetadataCatalog.get(names[0]))
+                    self.storage.put_image(f"predictions/{Path(record['file_name']).stem}", page.transpose(2, 0, 1))
+        except Exception as error:  # of any part, also the user's: pictures are never worth a training
+            self._draws = False
+            logger.warning(f"cannot draw predictions ({type(error).__name__}: {error}): training goes on without")
 
     def _test_average(self) -> dict:
         """Evaluates the averaged weights after the raw ones; task "ema/sem_seg" stands beside "sem_seg"."""
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "ema")
+        saved = cfg.MODEL.KMAX.TEST.SAVE_PREDICTIONS
+        cfg.MODEL.KMAX.TEST.SAVE_PREDICTIONS = saved and os.path.join(saved, "ema")
         results = {f"ema/{task}": metrics for task, metrics in self.test(cfg, self.final_model).items()}
         self._last_eval_results |= results
         return results
@@ -162,7 +175,7 @@ class Trainer(DefaultTrainer):
         log = logging.getLogger(TrainerBase.__module__)
         log.addFilter(hide_user_errors)
         try:
-            super().train()
+            TrainerBase.train(self, self.start_iter, self.max_iter)
         except EndedEarly:
             pass
         except Exception:
@@ -171,7 +184,10 @@ class Trainer(DefaultTrainer):
             raise
         finally:
             log.removeFilter(hide_user_errors)
-        return getattr(self, "_last_eval_results", {})
+        results = getattr(self, "_last_eval_results", {})
+        if comm.is_main_process():
+            verify(self.cfg, results)
+        return results
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Loads weights as Detectron2 does; a resumed run goes on as if it had not been interrupted."""
@@ -201,7 +217,8 @@ class Trainer(DefaultTrainer):
     def require_test_data(cls, cfg: CfgNode) -> None:
         """Raises UserError for what would end an evaluation only after its predictions. The main process looks."""
         for name in cfg.DATASETS.TEST if comm.is_main_process() else ():
-            require_evaluation(cfg, name)
+            if inspect.getattr_static(cls, "build_evaluator") is Trainer.__dict__["build_evaluator"]:
+                require_evaluation(cfg, name)
             with _needs_files_of([name]):
                 require_readable([name], get_detection_dataset_dicts(name, filter_empty=False))
 

@@ -4,7 +4,9 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.evaluation import verify_results
 
+from ..data.datasets.coco_panoptic import things_of
 from ..errors import UserError, optional_package
 from ..files import own_folder
 from .cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator
@@ -64,13 +66,30 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> FiledEv
         evaluators.append(PanopticEvaluator(dataset_name, saved, submission_name(dataset_name)))
     if cityscapes and test.INSTANCE_ON:
         evaluators.append(CityscapesInstanceEvaluator(dataset_name, saved and saved / "instance"))
-    elif test.INSTANCE_ON and has_truth and metadata.thing_dataset_id_to_contiguous_id:
+    elif test.INSTANCE_ON and has_truth and things_of(metadata):
         evaluators.append(InstanceEvaluator(dataset_name, output_dir))
     if cityscapes and test.SEMANTIC_ON:
         evaluators.append(CityscapesSemanticEvaluator(dataset_name, saved and saved / "semantic"))
     elif test.SEMANTIC_ON and has_truth:
         evaluators.append(SemanticEvaluator(dataset_name))
     return FiledEvaluators(dataset_name, evaluators, Path(output_dir))
+
+
+def verify(cfg: CfgNode, results: dict) -> None:
+    """Compares results with TEST.EXPECTED_RESULTS as Detectron2 does, which ends the process if they differ.
+
+    Of several test sets, a task is "NAME/TASK", or that of the first one. Raises UserError for a task without results.
+    """
+    names = cfg.DATASETS.TEST
+    if not cfg.TEST.EXPECTED_RESULTS:
+        return
+    if len(names) > 1:
+        tasks = {f"{name}/{task}": scores for name, of_set in results.items() for task, scores in of_set.items()}
+        results = results.get(names[0], {}) | tasks
+    for task, *_ in cfg.TEST.EXPECTED_RESULTS:
+        if task not in results:
+            raise UserError(f"TEST.EXPECTED_RESULTS has the task {task}, but there are {', '.join(results) or 'none'}")
+    verify_results(cfg, results)
 
 
 def submission_name(dataset_name: str) -> str:

@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from pycocotools.cocoeval import COCOeval
 
 from ..data import panoptic_png
+from ..data.datasets.coco_panoptic import things_of
 from ..files import write_json
 from ..parallel import parallel_map
 from .rle import encode_masks
@@ -71,7 +72,7 @@ class InstanceEvaluator(COCOEvaluator):
         return dict.fromkeys(results, 0.0) if coco_eval is None else results  # where nothing is predicted
 
 
-def things_of(record: dict) -> tuple[dict, list[dict]]:
+def instances_of(record: dict) -> tuple[dict, list[dict]]:
     """Returns COCO's entries of a record's image and segments, with contiguous classes and no annotation ids."""
     ids = panoptic_png.read(record["pan_seg_file_name"])
     annotations = []
@@ -93,12 +94,12 @@ def things_of(record: dict) -> tuple[dict, list[dict]]:
 def panoptic_to_instances(dataset_name: str) -> dict:
     """Converts a dataset's things to a COCO instance annotation with contiguous class ids, in memory."""
     metadata = MetadataCatalog.get(dataset_name)
-    things = sorted(metadata.thing_dataset_id_to_contiguous_id.values())
+    things = sorted(things_of(metadata))
     records = [
         record | {"segments_info": [s for s in record["segments_info"] if s["category_id"] in things]}
         for record in DatasetCatalog.get(dataset_name)
     ]
-    found = parallel_map(things_of, records, "true instances")
+    found = parallel_map(instances_of, records, "true instances")
     annotations = [annotation for _, of_image in found for annotation in of_image]
     return {
         "info": {},

@@ -9,6 +9,7 @@ import numpy as np
 from detectron2.data import Metadata
 from tabulate import tabulate
 
+from ..data.datasets.coco_panoptic import things_of
 from ..files import MARK
 from .analysis import bootstrap_difference, calibration, class_counts, confusion_matrix, counts_by_size
 from .panoptic_quality import SCORES, Pair, quality_row
@@ -67,7 +68,7 @@ def _table(headers: Sequence[str], rows: Iterable[Sequence]) -> str:
 
 def _qualities(metadata: Metadata, models: dict[str, list[list[Pair]]]) -> str:
     """Tables of all classes, things, and stuff, and of each class, the best first."""
-    names, things = metadata.stuff_classes, set(metadata.thing_dataset_id_to_contiguous_id.values())
+    names, things = metadata.stuff_classes, things_of(metadata)
     counts = [class_counts(images, len(names)) for images in models.values()]
     totals = [dict(enumerate(of_model.sum(0))) for of_model in counts]
     intervals = bootstrap_difference(counts[0], counts[1]) if len(counts) > 1 else None

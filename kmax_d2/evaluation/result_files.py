@@ -10,6 +10,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from tabulate import tabulate
 
+from ..data.datasets.coco_panoptic import things_of
 from ..files import whole_file, write_json
 from .panoptic import PanopticEvaluator
 from .panoptic_quality import SCORES, quality_row
@@ -43,7 +44,7 @@ class FiledEvaluators(DatasetEvaluators):
         return results
 
     def _write_classes(self, panoptic: PanopticEvaluator, semantic: dict[str, float]) -> None:
-        things, names = set(self.metadata.thing_dataset_id_to_contiguous_id.values()), self.metadata.stuff_classes
+        things, names = things_of(self.metadata), self.metadata.stuff_classes
         rows = [
             (name, "thing" if index in things else "stuff", *scores, semantic.get(f"IoU-{name}"))
             for index, name in enumerate(names)

@@ -10,7 +10,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator
 
 from ..data import panoptic_png
-from ..data.datasets.coco_panoptic import register_records
+from ..data.datasets.coco_panoptic import IGNORE_LABEL, register_records
 from ..images import read_rgb
 from .output import compact
 from .pool import EvaluationPool
@@ -55,7 +55,8 @@ class SemanticEvaluator(SemSegEvaluator):
     def __init__(self, dataset_name: str):
         metadata = MetadataCatalog.get(dataset_name)
         name = f"{dataset_name}_semantic"  # Detectron2's evaluator looks for semantic PNGs in the records
-        register_records(name, list, stuff_classes=metadata.stuff_classes, ignore_label=metadata.ignore_label)
+        label = metadata.get("ignore_label", IGNORE_LABEL)
+        register_records(name, list, stuff_classes=metadata.stuff_classes, ignore_label=label)
         super().__init__(name)
         self._compute_boundary_iou = False
         self._annotations: Path | None = None

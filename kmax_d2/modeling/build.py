@@ -1,5 +1,6 @@
 """From a config to the arguments and parts of a model."""
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.layers import ShapeSpec
+from detectron2.utils.logger import log_first_n
 from detectron2.utils.registry import Registry
 from torch import nn
 
@@ -50,13 +52,16 @@ def find_map(name: str, shapes: Mapping[str, ShapeSpec]) -> str:
 
 
 def thing_mask(cfg: CfgNode) -> list[bool]:
-    """For each contiguous class of the config's datasets whether it is a thing. Without a dataset, no class is.
+    """For each contiguous class of the config's datasets whether it is a thing. Without a dataset, none is: it warns.
 
     Raises:
         UserError: a dataset has not been registered, or has no panoptic classes.
     """
     register_shared()
     names = [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]
+    if not names:
+        text = "no dataset says which classes are things, so all are stuff: name one in DATASETS.TEST"
+        log_first_n(logging.WARNING, text, name=__name__)
     things = [MetadataCatalog.get(name).get("thing_dataset_id_to_contiguous_id") for name in names]
     for name, ids in zip(names, things, strict=True):
         if ids is None:

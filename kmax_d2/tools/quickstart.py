@@ -22,10 +22,13 @@ from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
+from ..checkpoint import newest_checkpoint
+from ..data import PanopticTestMapper
 from ..engine import Trainer, ready_config
 from ..engine.ema import final_name
 from ..engine.log import quiet_log
 from ..engine.setup import dataset_metadata
+from ..errors import UserError
 from ..files import lock_folder, write_json, write_png
 from ..visualization import result_page
 
@@ -45,7 +48,7 @@ def draw_pictures(cfg: CfgNode, model: nn.Module, folder: Path) -> None:
     """Writes a page for each of the first held-out images: input, ground truth, prediction, and decoder clusters."""
     records = DatasetCatalog.get(cfg.DATASETS.TEST[0])[:NUM_PICTURES]
     for record in tqdm(records, desc="drawing pictures", unit="image"):
-        page = result_page(model, record, dataset_metadata(cfg))
+        page = result_page(model, PanopticTestMapper(cfg)(record), dataset_metadata(cfg))
         write_png(folder / f"{Path(record['file_name']).stem}.png", page)
 
 
@@ -55,9 +58,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     output = Path(args.output)
     cfg = ready_config(CONFIG, ["OUTPUT_DIR", str(output), *args.opts])
-    lock_folder(output)
     results_file = output / "results.json"
-    results_file.unlink(missing_ok=True)  # the file is there only if the run has finished
+    if results_file.exists() or newest_checkpoint(str(output)):
+        raise UserError(f"{output} has the results of an earlier run: choose another folder with --output")
+    lock_folder(output)
     quiet_log(str(output))
     seed_all_rng(cfg.SEED)
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):

@@ -29,6 +29,7 @@ from detectron2.data import DatasetCatalog
 from tqdm import tqdm
 
 from ..data import panoptic_png
+from ..data.datasets.coco_panoptic import things_of
 from ..data.mapper import read_image
 from ..engine import Trainer
 from ..errors import UserError
@@ -83,7 +84,7 @@ def draw(record: dict, models: Sequence[Predictor], error: Pair | None) -> list[
     scale = SIDE / min(image.shape[:2])
     size = round(image.shape[1] * scale), round(image.shape[0] * scale)
     image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    things = set(metadata.thing_dataset_id_to_contiguous_id.values())  # which the records of Cityscapes do not say
+    things = things_of(metadata)  # which the records of Cityscapes do not say
     truth = [s | {"isthing": s["category_id"] in things} for s in record["segments_info"] if not s.get("iscrowd")]
     maps = [(panoptic_png.read(record["pan_seg_file_name"]), truth)]
     maps += [segment(model, model.mapper(record)) for model in models]
