@@ -207,7 +207,8 @@ def result_page(model: nn.Module, record: dict, metadata: Metadata) -> np.ndarra
 def _draw_output(image: np.ndarray, output: Mapping, metadata: Metadata) -> np.ndarray:
     """Draws the first of an output's panoptic, semantic, and instance results that is on, as a panel."""
     if "panoptic_seg" in output:
-        return draw_panoptic(image, *output["panoptic_seg"], metadata, PANEL_SIDE)
+        segment_ids, segments = output["panoptic_seg"]
+        return draw_panoptic(image, segment_ids, segments, metadata, PANEL_SIDE)
     if "semantic" in output or "sem_seg" in output:
         return draw_semantic(image, class_map(output).cpu().numpy(), metadata, PANEL_SIDE)
     return draw_instances(image, output["instances"].to("cpu"), metadata, PANEL_SIDE)

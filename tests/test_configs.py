@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from miniature import miniature_ade20k, miniature_cityscapes, miniature_coco
+from layouts.ade20k import miniature_ade20k
+from layouts.cityscapes import miniature_cityscapes
+from layouts.coco import miniature_coco
 from small import SMALL_MODEL
 
 ROOT = Path(__file__).parents[1]

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 
+import layouts
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -60,6 +61,7 @@ def test_ade20k_classes():
 
 
 def test_metadata_are_known_without_files():
+    datasets.register_shared()
     for name, folders in LAYOUT.items():
         metadata = MetadataCatalog.get(name)
         roots = (metadata.image_root, metadata.panoptic_root, metadata.panoptic_json)
@@ -82,9 +84,15 @@ def environment(tmp_path, monkeypatch):
 
     with monkeypatch.context() as changed:
         changed.setenv("DETECTRON2_DATASETS", str(tmp_path))
-        importlib.reload(datasets)
+        _register_again()
         yield
+    _register_again()
+
+
+def _register_again():
+    layouts.forget()
     importlib.reload(datasets)
+    datasets.register_shared()
 
 
 @pytest.mark.usefixtures("environment")

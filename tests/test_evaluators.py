@@ -17,7 +17,10 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 from evaluated import evaluate, output, output_of, truth_of
-from miniature import miniature_ade20k, miniature_cityscapes, miniature_coco, registered
+from layouts import registered
+from layouts.ade20k import miniature_ade20k
+from layouts.cityscapes import miniature_cityscapes
+from layouts.coco import miniature_coco
 from panopticapi.evaluation import pq_compute
 from PIL import Image
 from pycocotools.coco import COCO

@@ -2,12 +2,12 @@
 
 import re
 
-import miniature
 import pytest
 import torch
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.modeling import build_model
+from layouts.coco import miniature_coco
 from small import options
 from timm.layers import DropPath
 from torch import nn
@@ -201,7 +201,7 @@ def test_of_the_mappers():
 
 @pytest.mark.parametrize("grouping", [False, True])
 def test_aspect_ratio_grouping(tmp_path, grouping):
-    miniature.miniature_coco(tmp_path)
+    miniature_coco(tmp_path)
     root = tmp_path / "coco"
     data = [root / "train2017", root / "panoptic_train2017", root / "annotations/panoptic_train2017.json"]
     changes = {"DATASETS__OWN_TRAIN": [str(part) for part in data]}

@@ -86,8 +86,16 @@ def test_part_of_an_unknown_name(option, name, near):
         ("MODEL.KMAX.TRANSFORMER_DECODER.NUM_QUERIES", 1, "NUM_QUERIES is 1, but must be at least 2"),
         ("MODEL.KMAX.TRANSFORMER_DECODER.DECODERS", [1, 1, 1, 1, 1], "must be numbers of decoders on the 4 maps"),
         ("MODEL.KMAX.TRANSFORMER_DECODER.DECODERS", [0, 0], "one in all at least"),
-        ("MODEL.KMAX.PIXEL_DECODER.IN_FEATURES", ["stage5", "stage4", "stage3", "stage0"], r"names \['stage0'\]"),
-        ("MODEL.KMAX.PIXEL_DECODER.KINDS", ["axial", "axial", "square", "square"], "KINDS has square"),
+        (
+            "MODEL.KMAX.PIXEL_DECODER.IN_FEATURES",
+            ["stage5", "stage4", "stage3", "stage0"],
+            "no map stage0, of stride 1, but stage1",
+        ),
+        (
+            "MODEL.KMAX.PIXEL_DECODER.KINDS",
+            ["axial", "axial", "square", "square"],
+            "KINDS is square, but there are",
+        ),
         ("MODEL.KMAX.RESNET.BLOCKS", [1, 1, 1], "KMaXResNet has four stages"),
         ("MODEL.KMAX.TEST.PIXEL_THRESHOLD", 0.3, "PIXEL_THRESHOLD is 0.3, but must be a number from 0.3333"),
     ],

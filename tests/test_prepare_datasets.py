@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.cityscapes_panoptic import load_cityscapes_panoptic
-from miniature import load_script
+from layouts import load_script
 from PIL import Image
 
 from kmax_d2.data import panoptic_png

@@ -6,7 +6,7 @@ from collections import Counter
 import cv2
 import numpy as np
 import pytest
-from miniature import COCO_SAMPLE
+from layouts.coco import COCO_SAMPLE
 
 import kmax_d2.inference.tiles as tiles
 from kmax_d2.data.datasets import shapes

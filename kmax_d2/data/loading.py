@@ -149,9 +149,9 @@ def build_seeded_loader(cfg: CfgNode, dataset: Any, mapper: Callable[[dict], dic
         return build_detection_train_loader(cfg, mapper=mapper, dataset=dataset)
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     seed_by(seed)  # from which Detectron2 draws the seed of its sampler
-    records = dataset  # of which Detectron2's samplers read the number, and this one the classes
+    records: Any = dataset  # of which Detectron2's samplers read the number, and this one the classes
     if cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
-        source = dataset.dataset if isinstance(dataset, WithPasteSource) else dataset
+        source: Any = dataset.dataset if isinstance(dataset, WithPasteSource) else dataset
         records = [{"annotations": [{"category_id": c} for c in categories_in(record)]} for record in source]
     try:
         parts = build_detection_train_loader.from_config(cfg, mapper=mapper, dataset=records)

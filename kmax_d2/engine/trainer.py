@@ -41,7 +41,6 @@ from .stop import StopOnSignal
 from .train_loop import TrainLoop
 from .writers import OptionalWriter, Progress, tracker
 
-
 logger = logging.getLogger(__name__)
 
 

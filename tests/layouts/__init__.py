@@ -14,8 +14,9 @@ from detectron2.data.datasets.coco_panoptic import register_coco_panoptic
 
 from kmax_d2.data.datasets import register_all
 
-# Names of this project, which are registered only if they are absent.
-OURS = "ade20k_panoptic", "coconut_", "relabeled_coco", "mapillary_vistas", "coco_2017_unlabeled_pan", "coco_2017_test"
+# How the names of this project's datasets begin, which it registers only where they are absent.
+OURS = ("ade20k_panoptic", "coconut_", "relabeled_coco", "mapillary_vistas", "coco_2017_unlabeled_panoptic")
+OURS += ("coco_2017_test", "cityscapes_fine_panoptic_test")
 SCRIPTS = str(Path(__file__).parents[2] / "datasets")
 
 
@@ -42,12 +43,17 @@ def registered(folder):
         _register(os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets")))
 
 
+def forget(names=()):
+    """Removes this project's datasets from the catalogs, and others with these names."""
+    for name in [*names, *(name for name in DatasetCatalog.list() if name.startswith(OURS))]:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
 def _register(root):
     coco = {f"coco_2017_{split}_panoptic": f"{split}2017" for split in ("train", "val")}
     cityscapes = [f"cityscapes_fine_panoptic_{split}" for split in ("train", "val")]
-    for name in [*coco, *cityscapes, *(name for name in DatasetCatalog.list() if name.startswith(OURS))]:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    forget([*coco, *cityscapes])
     for name, split in coco.items():
         register_coco_panoptic(
             name,
