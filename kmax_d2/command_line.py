@@ -4,6 +4,7 @@ Programs parse first and import PyTorch afterwards, so this module imports nothi
 """
 
 import argparse
+import logging
 from collections.abc import Callable, Sequence
 
 from .errors import report_errors
@@ -68,6 +69,7 @@ class ConfigParser(argparse.ArgumentParser):
 def run_program(main: Callable[[], object]) -> None:
     """Runs a program's main function with freed memory kept; errors of the user's are one line."""
     report_errors()
+    logging.raiseExceptions = False  # a log that fails, on a full disk for example, is not worth its tracebacks
     from .speed import keep_freed_memory  # imports PyTorch
 
     keep_freed_memory()

@@ -7,8 +7,10 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from concurrent.futures import BrokenExecutor
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -33,8 +35,16 @@ def optional_package(name: str, extra: str = "") -> Any:
 
 
 def report_errors() -> None:
-    """From here on, what ends this process and the user can mend or has caused is one line instead of a traceback."""
+    """Installs an exception hook that prints the errors that users can fix as one line instead of a traceback."""
     sys.excepthook = _report
+    # A log or a writer's thread that fails on a full disk says so where it is used, or is not worth the traceback.
+    sys.unraisablehook = partial(_hide_file_errors, hook=sys.__unraisablehook__)
+    threading.excepthook = partial(_hide_file_errors, hook=threading.__excepthook__)
+
+
+def _hide_file_errors(event: Any, hook: Callable[[Any], object]) -> None:
+    if not isinstance(event.exc_value, OSError):
+        hook(event)
 
 
 def _report(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
@@ -57,6 +67,9 @@ def _one_line(error: BaseException) -> str:
     if name.endswith("MemoryError") or re.search("DefaultCPUAllocator|out of memory", text):
         reason = " ".join(text.partition(". ")[0].split()) or name
         return f"error: not enough memory ({reason}): use a smaller image, batch, or model"
+    if "DataLoader worker" in text:
+        reason = " ".join(text[text.index("DataLoader worker") :].split()).rstrip(".")
+        return f"error: {reason}: is there enough memory? Each of DATALOADER.NUM_WORKERS processes needs some"
     known = isinstance(error, (UserError, OSError, BrokenExecutor)) or name == UserError.__name__
     if known or issubclass(getattr(builtins, name, object), OSError):
         return f"error: {' '.join(re.sub(r'^.Errno -?[0-9]+. ', '', text).split())}"
@@ -64,5 +77,5 @@ def _one_line(error: BaseException) -> str:
 
 
 def hide_user_errors(record: logging.LogRecord) -> bool:
-    """Filters a log: no traceback of a UserError, which is reported as one line."""
-    return not (record.exc_info and isinstance(record.exc_info[1], UserError))
+    """Filters a log: no traceback of an error that is reported as one line."""
+    return not (record.exc_info and isinstance(record.exc_info[1], Exception) and _one_line(record.exc_info[1]))

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -20,15 +21,27 @@ def num_cores() -> int:
 
 
 def serve_parent() -> None:
-    """Makes this process end with its parent, however that ends, and leave Ctrl-C to it."""
+    """Makes this process end with its parent, or when that sends a signal, and ignore the signals of others.
 
-    def end() -> None:
+    A scheduler or a terminal sends them to all processes of a run at once, and the parent decides what they mean.
+    """
+
+    def end_with_parent() -> None:
         parent.join()
         os._exit(1)
 
+    def obey_parent() -> None:
+        while signal.sigwaitinfo(SIGNALS).si_pid != parent.pid:
+            pass
+        os._exit(0)
+
     parent: Any = multiprocessing.parent_process()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Thread(target=obey_parent, daemon=True).start()
+    else:  # macOS, Windows
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def parallel_map(

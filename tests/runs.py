@@ -23,8 +23,11 @@ def write_own_data(folder):
     }
 
 
-def start_train_net(output, own_data, *arguments, torchrun=0, restarts=0, **changes):
-    """Starts train_net.py on own data, in as many processes of torchrun as given; changes are as for `options`."""
+def start_train_net(output, own_data, *arguments, torchrun=0, restarts=0, group=False, **changes):
+    """Starts train_net.py on own data, in as many processes of torchrun as given; changes are as for `options`.
+
+    With `group`, its processes are a group of their own.
+    """
     command = [sys.executable]
     if torchrun:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun)]
@@ -32,7 +35,8 @@ def start_train_net(output, own_data, *arguments, torchrun=0, restarts=0, **chan
     command += [str(ROOT / "train_net.py"), "--train-data", *own_data["train"], "--test-data", *own_data["val"]]
     command += [*arguments, *(str(part) for part in options(OUTPUT_DIR=output, **changes))]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **streams, env=environment, start_new_session=group)
 
 
 def train_net(output, own_data, *arguments, **changes):

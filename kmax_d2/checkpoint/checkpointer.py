@@ -77,9 +77,10 @@ class KMaXCheckpointer(DetectionCheckpointer):
             try:
                 with open(unfinished, "wb") as stream:
                     torch.save(data | self.origin | extra, stream)
-            except (OSError, RuntimeError) as error:  # PyTorch may turn the one into the other
+            except (OSError, RuntimeError) as error:  # PyTorch turns the one into the other
+                reason = error.__context__ if isinstance(error.__context__, OSError) else error
                 size = sum(leaf.nbytes for leaf in tree_leaves(data) if isinstance(leaf, torch.Tensor))
-                raise OSError(f"{getattr(error, 'strerror', error)}; it needs {size / 1e3:.0f} kB") from error
+                raise OSError(f"{getattr(reason, 'strerror', reason)}; it needs {size / 1e3:.0f} kB") from error
         if _OF_TRAINING.fullmatch(file.name):  # not the best, which lacks the training state
             write_text(Path(self.save_dir, LAST), file.name)
         if self.keep:
@@ -114,7 +115,12 @@ class KMaXCheckpointer(DetectionCheckpointer):
         self._log_incompatible_keys(self._load_model(checkpoint))
         for name in wanted:
             if name in checkpoint:
-                self.checkpointables[name].load_state_dict(checkpoint.pop(name))
+                try:
+                    self.checkpointables[name].load_state_dict(checkpoint.pop(name))
+                except UserError:
+                    raise
+                except Exception as error:  # of a state of any content
+                    raise UserError(f"cannot resume from {path}: its {name} is damaged ({error!r})") from error
         return checkpoint
 
     def _load_model(self, checkpoint: dict):
@@ -167,7 +173,8 @@ def newest_checkpoint(folder: str) -> str:
     found.sort(key=lambda file: file.stat().st_mtime, reverse=True)
     tag = Path(folder, LAST)
     if tag.is_file():
-        found.insert(0, Path(folder, Path(tag.read_text(errors="replace").strip()).name))  # in this folder only
+        name = Path(tag.read_text(errors="replace").replace("\0", "").strip()).name  # in this folder only
+        found.insert(0, Path(folder, name or LAST))
     for file in found:
         if zipfile.is_zipfile(file):  # not if it was cut short
             if file != found[0]:

@@ -4,6 +4,7 @@ import itertools
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
 from detectron2.data.common import ToIterableDataset
 from detectron2.utils import comm
-from torch.utils.data import Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ..errors import UserError
+from ..parallel import serve_parent
 from .copy_paste import PASTE_SOURCE
 
 logger = logging.getLogger(__name__)
@@ -159,7 +161,22 @@ def build_seeded_loader(cfg: CfgNode, dataset: Any, mapper: Callable[[dict], dic
         ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
         raise UserError(f"DATALOADER.RANDOM_SUBSET_RATIO {ratio} of {len(dataset)} images is no image") from error
     parts |= {"dataset": SeededSamples(dataset, mapper, seed), "mapper": None}
-    return build_detection_train_loader(**parts | {"sampler": NumberedSampler(parts["sampler"])})
+    loader = build_detection_train_loader(**parts | {"sampler": NumberedSampler(parts["sampler"])})
+    _protect_workers(loader)
+    return loader
+
+
+def _protect_workers(loader: Any) -> None:
+    """Lets signals to all processes of a run leave the loader's workers alone, while the run finishes its step."""
+    while not isinstance(loader, DataLoader):
+        loader = loader.dataset
+    loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
+
+
+def _start_worker(start: Callable[[int], None] | None, worker: int) -> None:
+    serve_parent()
+    if start is not None:
+        start(worker)
 
 
 def skip_samples(loader: Iterable, count: int) -> None:

@@ -19,8 +19,9 @@ from torch.distributed.rendezvous import rendezvous
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ..errors import UserError
+from ..parallel import SIGNALS
 from ..speed import keep_freed_memory
-from .stop import SIGNALS, STOPPED
+from .stop import STOPPED
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ def launch(
         raise UserError("--num-gpus and --num-machines must be at least 1; without a GPU, a process trains on the CPU")
     if torch.cuda.is_available() and num_gpus_per_machine > torch.cuda.device_count():
         raise UserError(f"--num-gpus is {num_gpus_per_machine}, but this machine has {torch.cuda.device_count()}")
+    if not 0 <= options.get("machine_rank", 0) < num_machines:
+        raise UserError(f"--machine-rank is {options['machine_rank']}, but must be from 0 to {num_machines - 1}")
     if dist.is_torchelastic_launched():
         if num_gpus_per_machine * num_machines > 1:
             raise UserError("torchrun starts the processes: leave out --num-gpus and --num-machines")
@@ -45,6 +48,9 @@ def launch(
     if num_gpus_per_machine * num_machines == 1:
         _run(function, args)
         return
+    url = re.fullmatch(r"tcp://(?:\[[^]]+\]|[^:/]+):(\d{1,5})/?", options["dist_url"])
+    if not (url and 0 < int(url[1]) < 2**16) and not re.match("auto$|env://|file://", options["dist_url"]):
+        raise UserError(f"--dist-url is {options['dist_url']}, but must be as tcp://ADDRESS-OF-MACHINE-0:29500")
     if num_machines > 1:
         logger.warning(
             f"waiting at {options['dist_url']} for all {num_machines} machines of {num_gpus_per_machine} processes "

@@ -6,13 +6,26 @@ import sys
 import threading
 import time
 from types import FrameType
+from typing import Any
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
+from ..parallel import SIGNALS
+
 STOPPED = 75  # exit status: stopped by a signal, `--resume` continues (EX_TEMPFAIL of sysexits.h)
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 SAME = 1.0  # seconds in which signals count as one: some senders reach a process both directly and by its launcher
+_EARLIER: dict[int, Any] = {}  # the handlers before those of a StopOnSignal
+
+
+def _restore_handlers() -> None:
+    """Gives a forked process the earlier handlers: a pool ends its processes by SIGTERM and waits for them."""
+    for number, handler in _EARLIER.items():
+        signal.signal(number, handler)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_restore_handlers)
 
 
 class StopOnSignal(HookBase):
@@ -24,10 +37,14 @@ class StopOnSignal(HookBase):
 
     def before_train(self) -> None:
         """Installs the handlers, where Python allows that: in the main thread."""
-        self._received, self._between_steps, self._pid = 0.0, False, os.getpid()
-        self._earlier = {}
+        self._received, self._between_steps = 0.0, False
         if threading.current_thread() is threading.main_thread():
-            self._earlier = {number: signal.signal(number, self._receive) for number in SIGNALS}
+            _EARLIER.update({number: signal.signal(number, self._receive) for number in SIGNALS})
+
+    @property
+    def received(self) -> bool:
+        """Whether a signal came."""
+        return self._received > 0
 
     def before_step(self) -> None:
         """From here on, a signal waits for the end of the step."""
@@ -43,16 +60,15 @@ class StopOnSignal(HookBase):
 
     def after_train(self) -> None:
         """Puts the earlier handlers back, unless a signal ended the run: it may come again before the process ends."""
-        for number, handler in self._earlier.items() if not self._received else ():
-            signal.signal(number, handler)
+        if not self._received:
+            _restore_handlers()
+            _EARLIER.clear()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._pid:
-            return  # a worker of the data loader, which lives as long as its parent
         if self._received:
             if time.monotonic() - self._received >= SAME:
                 signal.signal(number, signal.SIG_DFL)
-                os.kill(self._pid, number)
+                os.kill(os.getpid(), number)
             return
         self._received = time.monotonic()
         if self._between_steps and comm.is_main_process():

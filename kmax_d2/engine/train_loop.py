@@ -107,6 +107,10 @@ class TrainLoop(SimpleTrainer):
         """Restores what :meth:`state_dict` returns. Raises UserError if other parts were learning."""
         try:
             super().load_state_dict(state_dict)
+            for weight, moments in self.optimizer.state.items():
+                shapes = {tuple(moment.shape) for moment in moments.values() if getattr(moment, "ndim", 0)}
+                if not shapes <= {tuple(weight.shape)}:  # with which the optimizer would read beyond its memory
+                    raise ValueError(f"moments of shape {min(shapes)} for a weight of shape {tuple(weight.shape)}")
         except ValueError as error:
             raise UserError(f"cannot resume ({error}): SOLVER.FREEZE or LAYER_DECAY was another one") from error
         self.grad_scaler.load_state_dict(state_dict["grad_scaler"])

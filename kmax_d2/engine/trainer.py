@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import logging
 import os
+import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ from .best import EndedEarly, KeepBest
 from .diagnosis import memory_advice
 from .ema import WeightAverage, unwrapped
 from .optimizer import Freeze, build_lr_scheduler, build_optimizer
-from .stop import StopOnSignal
+from .stop import STOPPED, StopOnSignal
 from .train_loop import TrainLoop
 from .writers import OptionalWriter, Progress, tracker
 
@@ -180,6 +181,8 @@ class Trainer(DefaultTrainer):
         except Exception:
             with contextlib.suppress(Exception):  # the first error is the one to report
                 self.save_last_step()
+            if any(isinstance(hook, StopOnSignal) and hook.received for hook in self._hooks):
+                sys.exit(STOPPED)  # the same signal ended a process that this one needs
             raise
         finally:
             log.removeFilter(hide_user_errors)
@@ -209,6 +212,8 @@ class Trainer(DefaultTrainer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restores what :meth:`state_dict` returns."""
+        if not isinstance(state_dict["iteration"], int):
+            raise ValueError(f"the iteration {state_dict['iteration']!r}")
         TrainerBase.load_state_dict(self, state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
 
