@@ -140,7 +140,6 @@ def test_training_states_that_do_not_fit_are_one_line(own_data, tmp_path):
     for change in [
         spoiled(*MOMENTS, value=torch.zeros(2)),
         spoiled(*LOOP, "optimizer", "param_groups", value=[]),
-        spoiled(*LOOP, "grad_scaler", value=None),
         spoiled(*LOOP, value=3),
         spoiled("trainer", value="text"),
         spoiled("trainer", "iteration", value="many"),

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..modeling import KMaXDeepLab
-from ..modeling.layers import backbone_maps, padded_side
+from ..modeling.kmeans import KMeansCrossAttention, kmeans_assign
+from ..modeling.layers import backbone_maps, flatten_pixels, padded_side
 from ..modeling.merging import MaskWiseMerging
 
+PARTS = 16  # of a map, so that its one-hot matrices do not take much memory at once
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
@@ -28,8 +30,8 @@ class NetworkGraph(nn.Module):
 
     Args:
         model: in inference mode, with batch norms folded in this type.
-        dtype: of the network's products, by autocast; logits are float32. For float16, the model's norms are changed in
-            place to compute in float32.
+        dtype: of the network's products, by autocast; logits are float32. The model is changed in place: clusters are
+            summed by :func:`sum_clusters` and, for float16, norms are computed in float32.
     """
 
     def __init__(self, model: KMaXDeepLab, dtype: torch.dtype = torch.float32):
@@ -37,6 +39,9 @@ class NetworkGraph(nn.Module):
         self.backbone, self.pixel_decoder = model.backbone, model.pixel_decoder
         self.transformer_decoder = model.transformer_decoder
         self.dtype = dtype
+        for module in self.modules():
+            if isinstance(module, KMeansCrossAttention):
+                module.cluster_sums = sum_clusters  # type: ignore[method-assign]
         if dtype == torch.float16:  # ONNX has no norm of float16 by float32 weights, as autocast has
             for norm in [module for module in self.modules() if isinstance(module, NORMS)]:
                 norm.forward = functools.partial(_in_float32, norm.forward)
@@ -77,7 +82,7 @@ class PanopticGraph(nn.Module):
         size = padded_side(height), padded_side(width)
         ids, classes, scores = merge(self.merging, self.is_thing, class_logits, mask_logits, size)
         ids = ids[:, :height, :width]
-        areas = _count(ids.flatten(1), class_logits.shape[1] + 1)[:, 1:]
+        areas = count_pairs(ids, torch.zeros_like(ids), (class_logits.shape[1] + 1, 1))[:, 1:, 0]
         return ids.int(), torch.stack([classes.float(), scores, areas], dim=2)
 
 
@@ -112,8 +117,7 @@ def merge(
     priority = confidence**merging.class_power * mask_score**merging.mask_power
     order = priority.sort(dim=1, descending=True).indices
 
-    pairs = _count((masks[:, 0] * (queries + 1) + masks[:, 1]).flatten(1), (queries + 1) ** 2)
-    pairs = pairs.unflatten(1, (queries + 1, queries + 1))
+    pairs = count_pairs(masks[:, 0], masks[:, 1], (queries + 1, queries + 1))
     area = (pairs.sum(2) + pairs.sum(1))[:, :-1].gather(1, order)
     ranked = F.one_hot(order, queries).to(pairs.dtype)  # a permutation, since not all runtimes can gather from a matrix
     overlap = ranked @ (pairs + pairs.transpose(1, 2))[:, :-1, :-1] @ ranked.transpose(1, 2)
@@ -167,7 +171,21 @@ def _paste(
     return pasted, first, (same @ number.to(same.dtype)[..., None]).squeeze(2).long() * pasted
 
 
-def _count(values: torch.Tensor, number: int) -> torch.Tensor:
-    """How often each integer from 0 to number - 1 is in the rows of (B, P): (B, number) float32, exact to 2^24."""
-    zeros = torch.zeros(values.shape[0], number, device=values.device)
-    return zeros.scatter_add(1, values, torch.ones_like(values, dtype=zeros.dtype))
+def count_pairs(one: torch.Tensor, other: torch.Tensor, numbers: tuple[int, int]) -> torch.Tensor:
+    """How often each pair of values is at one position of two maps (B, H, W): (B, *numbers) float32, exact to 2^24.
+
+    It is a product of one-hot matrices: runtimes add the duplicates of a scatter from several threads without a lock.
+    """
+    one, other = one.flatten(1), other.flatten(1)
+    parts = [_one_hot(one[:, i::PARTS], numbers[0]) @ _one_hot(other[:, i::PARTS], numbers[1]).mT for i in range(PARTS)]
+    return torch.stack(parts).sum(0)
+
+
+def sum_clusters(mask_logits: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """:meth:`~kmax_d2.modeling.kmeans.KMeansCrossAttention.cluster_sums` as a product with the one-hot assignment."""
+    return _one_hot(kmeans_assign(mask_logits).flatten(1), mask_logits.shape[1]) @ flatten_pixels(values)
+
+
+def _one_hot(values: torch.Tensor, number: int) -> torch.Tensor:
+    """(B, P) integers to (B, number, P) float32."""
+    return (values[:, None] == torch.arange(number, device=values.device)[:, None]).float()
