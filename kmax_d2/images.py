@@ -38,11 +38,14 @@ def _opened(file: str | IO[bytes], what: str, gray: bool) -> Iterator[Image.Imag
         raise UserError(f"cannot read the {what}: {reason}") from error
 
 
-def read_rgb(file: str | IO[bytes], what: str = "image", gray: bool = True, name: str = "") -> np.ndarray:
+def read_rgb(
+    file: str | IO[bytes], what: str = "image", gray: bool = True, name: str = "", size: tuple[int, ...] = ()
+) -> np.ndarray:
     """Reads an image file whole: RGB (H, W, 3), uint8, upright by its EXIF orientation; the first of several frames.
 
     Raises UserError with its name (`name`, else the path) and `what` it is, if it is damaged, not an image, has more
-    than 8 bits a channel, or is gray where that is not allowed.
+    than 8 bits a channel, is gray where that is not allowed, or, given the (height, width) `size` of the image that it
+    annotates, has another.
     """
     what = f"{what} {name or file}"
     with _opened(file, what, gray) as image:
@@ -52,7 +55,10 @@ def read_rgb(file: str | IO[bytes], what: str = "image", gray: bool = True, name
             image.verify()  # the checksums, which loading passes over; the image must then be opened again
     with _opened(file, what, gray) as image:
         image.load()  # before anything that would hide an error
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    if size and pixels.shape[:2] != size:
+        raise UserError(f"the {what} is {pixels.shape[1]}×{pixels.shape[0]}, but its image is {size[1]}×{size[0]}")
+    return pixels
 
 
 def read_size(file: str, what: str = "image", gray: bool = True) -> tuple[int, int]:

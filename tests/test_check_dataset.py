@@ -142,11 +142,7 @@ FAULTS = {
     ),
     "annotation twice": (again("annotations", 1), ["duplicate"] * 2, "annotation of image 1 is there 2 times"),
     "category twice": (again("categories", 1), ["duplicate"], "category id 2 is there 2 times"),
-    "no segment": (
-        at("annotations", 1, segments_info=[]),
-        ["empty image", "id without segment"],
-        "has no segment",
-    ),
+    "no segment": (at("annotations", 1, segments_info=[]), ["id without segment"], "1 images have no segment"),
     "no annotation": (without("annotations", 1), ["image without annotation"], "image 0001.jpg has no annotation"),
     "no image": (without("images", 1), ["annotation without image"], "0001.png: no image has the id 1"),
     "image without height": (
@@ -222,8 +218,8 @@ def test_examples_are_few_and_the_rest_is_counted(folder, capsys):
         at("annotations", index, segments_info=[])(folder)
     assert run(folder, "--samples", "0", "--examples", "2") == 1
     output = capsys.readouterr().out
-    assert "empty image: 3" in output
-    assert output.count("has no segment") == 2
+    assert "id without segment: 3" in output
+    assert output.count("pixels have ids that its JSON lacks") == 2
     assert "  and 1 more" in output
 
 

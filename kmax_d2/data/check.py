@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import hashlib
+import logging
 import os
-from collections.abc import Callable, Container, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +23,11 @@ from .datasets import coco_panoptic
 from .datasets.coco_panoptic import Fault
 from .segment_ids import NUM_IDS
 
-HARMLESS = {"area mismatch", "empty image", "segment without pixels"}  # faults of records that can be used
+HARMLESS = {"area mismatch", "segment without pixels"}  # faults of records that can be used
 MOST = 20_000  # records of which require_readable opens the files; of a larger dataset, evenly spaced ones
 
 Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
 
 
 class Category(NamedTuple):
@@ -90,10 +93,11 @@ def registered(name: str) -> Dataset:
     known = _categories(metadata)
     categories, faults = coco_panoptic.find_categories(content, json_file)
     for category in categories:
-        same_id = known.get(category["id"])
-        if same_id is None or (same_id.name, same_id.isthing) != (category["name"], bool(category["isthing"])):
-            kind = same_id and f"{'thing' if same_id.isthing else 'stuff'} {same_id.name}"
-            line = f"{json_file}: the category {category} is {kind or 'no category'} of the registered dataset"
+        same_id, kind = known.get(category["id"]), bool(category["isthing"])
+        # Of several names, as in ADE20K's "road, route", the first one counts.
+        if same_id is None or (_first(same_id.name), same_id.isthing) != (_first(category["name"]), kind):
+            known_as = f"{'thing' if same_id.isthing else 'stuff'} {same_id.name}" if same_id else "no category"
+            line = f"{json_file}: the category {category} is {known_as} of the registered dataset"
             faults.append(Fault("other category", line))
     records, more = coco_panoptic.find_records(content, json_file, metadata.image_root, metadata.panoptic_root)
     return Dataset(name, metadata, known, records, faults + more)
@@ -106,6 +110,10 @@ def unregistered(image_root: str, panoptic_root: str, json_file: str) -> Dataset
     metadata = Metadata(name=Path(json_file).stem, **coco_panoptic.metadata_of(categories))
     records, more = coco_panoptic.find_records(content, json_file, image_root, panoptic_root)
     return Dataset(metadata.name, metadata, _categories(metadata), records, faults + more)
+
+
+def _first(names: str) -> str:
+    return names.partition(",")[0].strip()
 
 
 def _categories(metadata: Metadata) -> dict[int, Category]:
@@ -122,9 +130,14 @@ def require_readable(names: Sequence[str], records: Sequence[dict]) -> None:
     """Raises UserError for what makes records unusable, before a run starts; the datasets have the same classes.
 
     Looks at all segments, at the headers of up to MOST records' files in parallel, and at the first record's files
-    whole. That takes seconds.
+    whole. That takes seconds. Warns of :func:`repeated_stuff`.
     """
-    categories = frozenset(range(len(MetadataCatalog.get(names[0]).stuff_classes)))
+    metadata = MetadataCatalog.get(names[0])
+    categories = frozenset(range(len(metadata.stuff_classes)))
+    things = metadata.get("thing_dataset_id_to_contiguous_id", {}).values()
+    stuff = {index: name for index, name in enumerate(metadata.stuff_classes) if index not in things}
+    if repeated := repeated_stuff(records, stuff):
+        logger.warning(f"{', '.join(names)}: {repeated}")
     step = 1 + len(records) // MOST
     with ThreadPoolExecutor(16) as pool:
         check = functools.partial(check_record, categories=categories, whole=False)
@@ -140,6 +153,18 @@ def require_readable(names: Sequence[str], records: Sequence[dict]) -> None:
             f"the dataset {', '.join(names)} cannot be used: {lines[0]}{more}; "
             "python -m kmax_d2.tools.check_dataset lists everything that is wrong with a dataset"
         )
+
+
+def repeated_stuff(records: Sequence[dict], stuff: Mapping[int, str]) -> str:
+    """Returns a line about the classes of stuff, here their names, with several segments in one image; "" for none."""
+    most: dict[int, int] = {}
+    for record in records:
+        classes = [s["category_id"] for s in record.get("segments_info", ()) if not s.get("iscrowd")]
+        if len(classes) > len(set(classes)):
+            most |= {id_: max(count, most.get(id_, 1)) for id_, count in Counter(classes).items() if id_ in stuff}
+    repeated = ", ".join(f"{stuff[id_]} (up to {count})" for id_, count in most.items() if count > 1)
+    text = f'stuff with several segments in an image: {repeated}; are these classes things ("isthing": 1 in the JSON)?'
+    return text if repeated else ""
 
 
 def check_record(record: dict, categories: Container[int], whole: bool = True) -> Findings:
@@ -178,13 +203,17 @@ def _check_pixels(ids: np.ndarray, known: dict[int, dict], png: str, findings: F
     if unknown:
         shown = ", ".join(map(str, unknown[:5])) + (", …" if len(unknown) > 5 else "")
         line = f"{png}: {sum(present[id_] for id_ in unknown)} pixels have ids that its JSON lacks: {shown}"
+        if {id_ % 65536 for id_ in unknown} <= {id_ % 65536 for id_ in known}:
+            line += " (up to a multiple of 65536 they are in the JSON: was the blue channel lost?)"
+        elif len(unknown) > max(5, len(known)):
+            line += f" ({len(unknown)} ids: was it scaled, or saved with loss?)"
         faults.append(Fault("id without segment", line))
     for id_, segment in known.items():
         area = present.get(id_, 0)
         if not area:
             faults.append(Fault("segment without pixels", f"{png}: no pixel of segment {id_}"))
             continue
-        if segment.get("area", area) != area:
+        if segment.get("area") not in (None, area):
             line = f"{png}: segment {id_} has {area} pixels, the JSON says {segment['area']}"
             faults.append(Fault("area mismatch", line))
         findings.segments.append((segment["category_id"], area, bool(segment.get("iscrowd", 0))))
@@ -193,8 +222,6 @@ def _check_pixels(ids: np.ndarray, known: dict[int, dict], png: str, findings: F
 def _known_segments(record: dict, categories: Container[int], faults: list[Fault]) -> dict[int, dict]:
     """Returns the segments by those ids that a color can encode; adds the faults of the others."""
     png, segments = record.get("pan_seg_file_name"), record.get("segments_info", ())
-    if png and not segments:
-        faults.append(Fault("empty image", f"{png} has no segment"))
     known: dict[int, dict] = {}
     for segment in segments:
         id_, category = segment["id"], segment["category_id"]

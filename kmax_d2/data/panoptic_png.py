@@ -45,9 +45,12 @@ def describe(ids: np.ndarray) -> list[dict]:
     ]
 
 
-def read(file: str) -> np.ndarray:
-    """Reads a panoptic PNG's segment ids (H, W), int32. Raises UserError with its name if it is damaged or gray."""
-    return rgb2id(read_rgb(file, WHAT, gray=False))
+def read(file: str, size: tuple[int, ...] = ()) -> np.ndarray:
+    """Reads a panoptic PNG's segment ids (H, W), int32; `size` is that of its image, if known.
+
+    Raises UserError with its name if it is damaged, gray, or of another size.
+    """
+    return rgb2id(read_rgb(file, WHAT, gray=False, size=size))
 
 
 def size_of(file: str) -> tuple[int, int]:

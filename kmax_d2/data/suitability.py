@@ -5,10 +5,21 @@ from collections.abc import Iterator, Sequence
 
 from detectron2.config import CfgNode
 
-from .check import Dataset, Findings
+from .check import Dataset, Findings, repeated_stuff
 
 FEW = 10  # examples of a class
 Checked = tuple[Dataset, list[Findings]]
+
+
+def data_warnings(dataset: Dataset, findings: Sequence[Findings]) -> list[str]:
+    """Returns a line each for images without segments, :func:`repeated_stuff`, and classes that are only crowds."""
+    categories, segments = dataset.categories, {(id_, crowd) for found in findings for id_, _, crowd in found.segments}
+    empty = [record["file_name"] for record in dataset.records if not record["segments_info"]]
+    crowds = [c.name for id_, c in categories.items() if (id_, True) in segments and (id_, False) not in segments]
+    lines = [f"{len(empty)} images have no segment, such as {empty[0]}"] if empty else []
+    lines += [f"classes whose segments are all crowds, which no model learns: {', '.join(crowds)}"] if crowds else []
+    repeated = repeated_stuff(dataset.records, {id_: c.name for id_, c in categories.items() if not c.isthing})
+    return [*lines, repeated] if repeated else lines
 
 
 def model_warnings(dataset: Dataset, findings: Sequence[Findings], cfg: CfgNode) -> list[str]:

@@ -15,7 +15,7 @@ def pair_image(ids: np.ndarray, segments: list[dict], file: str, true_segments: 
     """Pairs the segments of a predicted map (H, W) with those of a panoptic PNG; keeps what this module reads."""
     keys = ("id", "category_id", "score", "iscrowd", "area")
     slim = ([{key: s[key] for key in keys if key in s} for s in group] for group in (segments, true_segments))
-    return pair_segments(count_overlaps(ids, panoptic_png.read(file)), *slim)
+    return pair_segments(count_overlaps(ids, panoptic_png.read(file, ids.shape)), *slim)
 
 
 def class_counts(images: Sequence[list[Pair]], num_classes: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from ..data.datasets.coco_panoptic import categories_of, read_json, things_of
 from ..data.segment_ids import id2rgb
 from ..errors import UserError
 from .output import archive, compact, empty_folder
-from .panoptic_quality import SCORES, match_segments, quality_row
+from .panoptic_quality import SCORES, count_overlaps, count_pairs, pair_segments, quality_row
 from .pool import EvaluationPool
 
 logger = logging.getLogger(__name__)
@@ -27,17 +27,23 @@ logger = logging.getLogger(__name__)
 
 def evaluate_image(
     ids: np.ndarray, prediction: dict, truth: dict | None, truth_folder: str, folder: Path | None
-) -> tuple[dict, dict[int, np.ndarray]]:
+) -> tuple[dict, dict[int, np.ndarray], int]:
     """Writes predicted ids (H, W) if there is a folder, and matches an image's segments with the true ones if known.
 
-    Takes the image's entries in the two JSON files; returns `prediction`, and what :func:`match_segments` counts.
+    Takes the image's entries in the two JSON files; returns `prediction`, what :func:`count_pairs` counts, and the
+    number of true segments without pixels or with another "area".
     """
     if folder is not None:
         Image.fromarray(id2rgb(ids)).save(folder / prediction["file_name"])
     if truth is None:
-        return prediction, {}
-    true_ids = panoptic_png.read(str(Path(truth_folder, truth["file_name"])))
-    return prediction, match_segments(ids, prediction["segments_info"], true_ids, truth["segments_info"])
+        return prediction, {}, 0
+    true_ids = panoptic_png.read(str(Path(truth_folder, truth["file_name"])), ids.shape)
+    overlaps = count_overlaps(ids, true_ids)
+    areas: Counter = Counter()
+    for (true_id, _), size in overlaps.items():
+        areas[true_id] += size
+    wrong = sum(s.get("area") not in (None, areas[s["id"]]) or not areas[s["id"]] for s in truth["segments_info"])
+    return prediction, count_pairs(pair_segments(overlaps, prediction["segments_info"], truth["segments_info"])), wrong
 
 
 class PanopticEvaluator(DatasetEvaluator):
@@ -79,11 +85,13 @@ class PanopticEvaluator(DatasetEvaluator):
         """Forgets all predictions, those in the folder too."""
         self.predictions: list[dict] = []
         self.counts: dict[object, dict[int, np.ndarray]] = {}
+        self.wrong_areas = 0
         self.pool = EvaluationPool(self._collect)
         empty_folder(self.png_folder)
 
-    def _collect(self, result: tuple[dict, dict[int, np.ndarray]]) -> None:
-        prediction, counts = result
+    def _collect(self, result: tuple[dict, dict[int, np.ndarray], int]) -> None:
+        prediction, counts, wrong = result
+        self.wrong_areas += wrong
         self.counts[prediction["image_id"]] = counts
         if self.folder is not None:
             self.predictions.append(prediction)
@@ -129,15 +137,20 @@ class PanopticEvaluator(DatasetEvaluator):
         prediction.
         """
         self.pool.finish()
-        everyone = comm.gather((self.predictions, self.counts))
+        everyone = comm.gather((self.predictions, self.counts, self.wrong_areas))
         if not comm.is_main_process():
             return None
         if self.folder is not None:
-            self._write(self.folder, [prediction for predictions, _ in everyone for prediction in predictions])
+            self._write(self.folder, [prediction for predictions, *_ in everyone for prediction in predictions])
         if self.truth is None:
             logger.info("there is no ground truth: predictions are only written")
             return None
-        counts = dict(itertools.chain.from_iterable(counts.items() for _, counts in everyone))
+        if wrong := sum(of_rank[2] for of_rank in everyone):
+            logger.warning(
+                f"{wrong} segments of {self.json_file} have no pixels or another area than in their PNGs: PQ is of the "
+                "PNGs' areas, other programs may trust the JSON (python -m kmax_d2.tools.check_dataset lists them)"
+            )
+        counts = dict(itertools.chain.from_iterable(counts.items() for _, counts, _ in everyone))
         total: dict[int, np.ndarray] = {}
         for image_id, truth in self.truth.items():
             if image_id not in counts:

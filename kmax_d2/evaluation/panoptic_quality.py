@@ -50,8 +50,8 @@ def pair_segments(
 
     Args:
         overlaps: from :func:`count_overlaps`; the id 0 is void.
-        segments, true_segments: with "id" and "category_id". The true ones may have "iscrowd", and "area" (pixels),
-            which counts instead of their pixels.
+        segments, true_segments: with "id" and "category_id"; the true ones may have "iscrowd". Areas are counted,
+            whatever a JSON says: panopticapi trusts it, and with a wrong one its PQ may be above 1.
 
     Returns:
         Every predicted segment, and every true one that is no crowd. Raises ValueError if `segments` does not list the
@@ -63,7 +63,7 @@ def pair_segments(
         areas[id_] += size
         true_areas[true_id] += size
     predicted = {s["id"]: {**s, "area": areas[s["id"]]} for s in segments}
-    truth = {s["id"]: {**s, "area": s.get("area") or true_areas[s["id"]]} for s in true_segments}
+    truth = {s["id"]: {**s, "area": true_areas[s["id"]]} for s in true_segments}
     if areas.keys() - {VOID} != predicted.keys():
         raise ValueError(f"the prediction lists segments {sorted(predicted)} but its map has {sorted(areas)}")
     crowds = {true["category_id"]: id_ for id_, true in truth.items() if true.get("iscrowd")}

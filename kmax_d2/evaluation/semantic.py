@@ -16,17 +16,17 @@ from .output import compact
 from .pool import EvaluationPool
 
 
-def segment_classes(file_name: str, segments: list[dict], ignore_label: int) -> np.ndarray:
+def segment_classes(file_name: str, segments: list[dict], ignore_label: int, size: tuple[int, ...] = ()) -> np.ndarray:
     """Reads the (H, W) contiguous classes of a panoptic PNG; pixels without a segment get `ignore_label`."""
-    ids = panoptic_png.read(file_name)
+    ids = panoptic_png.read(file_name, size)
     classes = {segment["id"]: segment["category_id"] for segment in segments}
     present, inverse = np.unique(ids, return_inverse=True)
     return np.array([classes.get(id_, ignore_label) for id_ in present.tolist()])[inverse].reshape(ids.shape)
 
 
-def annotated_classes(file_name: str, ignore_label: int) -> np.ndarray:
+def annotated_classes(file_name: str, ignore_label: int, size: tuple[int, ...] = ()) -> np.ndarray:
     """Reads the (H, W) contiguous classes of an ADE20K semantic PNG, in which 0 is void and classes count from 1."""
-    labels = read_rgb(file_name, "semantic PNG")[..., 0].astype(np.int64)
+    labels = read_rgb(file_name, "semantic PNG", size=size)[..., 0].astype(np.int64)
     return np.where(labels == 0, ignore_label, labels - 1)
 
 
@@ -78,10 +78,11 @@ class SemanticEvaluator(SemSegEvaluator):
         label = self._ignore_label
         for record, output in zip(inputs, outputs, strict=True):
             classes = compact(class_map(output), self._num_classes)
-            read_truth = partial(segment_classes, record["pan_seg_file_name"], record["segments_info"], label)
+            truth = record["pan_seg_file_name"], record["segments_info"], label
+            read_truth = partial(segment_classes, *truth, classes.shape)
             if self._annotations:
                 file = self._annotations / f"{Path(record['file_name']).stem}.png"
-                read_truth = partial(annotated_classes, str(file), label)
+                read_truth = partial(annotated_classes, str(file), label, classes.shape)
             self._pool.submit(confusion, classes, read_truth, self._num_classes, label)
 
     def evaluate(self) -> dict | None:

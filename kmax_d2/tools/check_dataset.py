@@ -43,7 +43,7 @@ from tabulate import tabulate
 from ..data.check import Dataset, Findings, registered, unregistered
 from ..data.datasets import register_shared
 from ..data.segment_ids import rgb2id
-from ..data.suitability import model_warnings, training_warnings
+from ..data.suitability import data_warnings, model_warnings, training_warnings
 from ..engine import load_config, ready_config
 from ..errors import UserError, did_you_mean
 from ..evaluation.report_page import figure, html_page
@@ -162,7 +162,8 @@ def report(dataset: Dataset, cfg: CfgNode, args: argparse.Namespace) -> tuple[bo
     print(f"\n{size_table(dataset, findings)}\n")
     lines = fault_lines(dataset, findings, args.examples)
     told = [f"{dataset.name} has faults:", *lines] if lines else [f"{dataset.name} is sound"]
-    told += [f"warning: {line}" for line in model_warnings(dataset, findings, cfg)]
+    warnings = [*data_warnings(dataset, findings), *model_warnings(dataset, findings, cfg)]
+    told += [f"warning: {line}" for line in warnings]
     panels = draw_samples(dataset, findings, args)
     if args.html:
         write_text(file, html_report(dataset, findings, "\n".join(told), panels))

@@ -83,8 +83,8 @@ class RecordingMerging(MaskWiseMerging):
         parts = order[order < len(used)], classes[used], confidence[used], area[used]
         numbers = torch.cat([*parts, overlap.view(count, count)[used][:, used].flatten()])
 
-        true_ids, truth = np.unique(panoptic_png.read(record["pan_seg_file_name"]), return_inverse=True)
         size = record["height"], record["width"]
+        true_ids, truth = np.unique(panoptic_png.read(record["pan_seg_file_name"], size), return_inverse=True)
         best, runner_up = position[resize_nearest(self.masks, real, size).cpu().long()].numpy()
         bins = len(used) + 1, len(used) + 1, len(true_ids)
         key = np.ravel_multi_index((best, runner_up, truth.reshape(size)), bins)

@@ -2,7 +2,7 @@
 
 import os
 
-from . import ade20k, coco_panoptic, coconut, mapillary, server_splits, shapes
+from . import ade20k, cityscapes, coco_panoptic, coconut, mapillary, server_splits, shapes
 
 
 def register_all(root: str) -> None:
@@ -38,6 +38,7 @@ def _register_unshared(root: str) -> None:
         )
     for dataset in (coconut, mapillary, server_splits):
         dataset.register(root)
+    cityscapes.register()
 
 
 def _root() -> str:
@@ -46,4 +47,4 @@ def _root() -> str:
 
 _register_unshared(_root())
 
-__all__ = ["ade20k", "coco_panoptic", "coconut", "mapillary", "register_all", "register_shared", "shapes"]
+__all__ = ["ade20k", "cityscapes", "coco_panoptic", "coconut", "mapillary", "register_all", "register_shared", "shapes"]
