@@ -1,5 +1,6 @@
 """Reads weights of every published format, recognized by what the file holds and not by its name."""
 
+import logging
 import lzma
 import os
 import pickle
@@ -16,7 +17,6 @@ from typing import IO, Any, cast
 import numpy as np
 import torch
 from detectron2.utils.file_io import PathManager
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..data.datasets.coco_panoptic import things_of
@@ -25,16 +25,17 @@ from .class_rows import published_metadata
 from .deeplab2 import CLASS_BIAS, deeplab2_to_state_dict
 from .download import download, is_address
 from .imagenet import imagenet_to_state_dict, is_imagenet, load_timm
+from .pickles import load_pickle, numpy_in_torch
 from .pytorch_port import check_port_options, is_port, port_to_state_dict
 from .tensor_bundle import read_variables
+from .wrappers import find_weights, strip_prefix
+
+logger = logging.getLogger(__name__)
 
 TIMM = "timm://"
 MOST_UNPACKED = 50  # weights hardly compress, so more is not a checkpoint but fills the disk
 _BUNDLE_FILE = re.compile(r"(.*)\.(?:index|data-\d+-of-\d+)")
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save's files began before they were zip
-# What a pickle of NumPy arrays calls, by the last part of the module's name: those of NumPy 1 and 2 differ.
-_OF_NUMPY = {"_reconstruct", "_frombuffer", "scalar", "ndarray", "dtype"}
-_OF_OTHERS = {("collections", "OrderedDict"), ("_codecs", "encode")}
 
 
 def read_checkpoint(path: str, model: Any, *, resume: bool = False) -> dict:
@@ -114,7 +115,7 @@ def _read(file: str, resume: bool) -> dict:
     if file.endswith(".safetensors") or head[8:9] == b"{":  # the length of its header, then the header in JSON
         try:
             loaded = load_file(file)
-        except SafetensorError as error:
+        except Exception as error:  # such as a type of numbers that PyTorch does not have
             raise _unreadable(file, error) from error
     elif is_zip or head.startswith(_LEGACY_TORCH):
         loaded = _read_torch(file, is_zip, resume)
@@ -122,11 +123,11 @@ def _read(file: str, resume: bool) -> dict:
         loaded = _read_pickle(file)
     else:
         raise UserError(f"{file} is not a readable checkpoint: it is {_kind(head)}")
-    checkpoint = loaded if isinstance(loaded, dict) and "model" in loaded else {"model": loaded}
-    weights = checkpoint["model"]
-    if not isinstance(weights, Mapping) or not all(isinstance(w, torch.Tensor | np.ndarray) for w in weights.values()):
-        raise UserError(f"{file} is not a readable checkpoint: it does not hold weights by name")
-    return checkpoint
+    place, weights = find_weights(loaded, file)
+    if place not in ("", "model"):
+        logger.info(f"{file} has its weights in {place}")
+    others = dict(dict.items(cast(dict, loaded))) if place == "model" else {}
+    return others | {"model": weights}
 
 
 def _kind(head: bytes) -> str:
@@ -147,7 +148,10 @@ def _unreadable(file: str, error: Exception) -> UserError:
     reason = " ".join(words[:500].split())  # a damaged name may be megabytes long
     call = re.search(r"GLOBAL (\S+)", reason) if isinstance(error, pickle.UnpicklingError) else None
     if call is not None:
-        return UserError(f"{file} is not read: besides tensors it holds {call[1]}, which could run code")
+        return UserError(
+            f"{file} is not read: besides tensors it holds {call[1]}, which could run code; save the weights alone, as "
+            "with torch.save(model.state_dict(), FILE)"
+        )
     return UserError(f"{file} is not a readable checkpoint: it is damaged, cut short, or of another kind ({reason})")
 
 
@@ -156,26 +160,32 @@ def _read_torch(file: str, is_zip: bool, resume: bool) -> object:
     if is_zip and not zipfile.is_zipfile(file):
         raise _unreadable(file, ValueError("a zip archive without its end"))
     try:
-        # A training state must not be a view of a file that the run may overwrite.
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip and not resume)
+        if is_zip:
+            _verify(file)
+        with numpy_in_torch():
+            # A training state must not be a view of a file that the run may overwrite.
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip and not resume)
     except Exception as error:  # damaged bytes are instructions, which can fail in any way
         raise _unreadable(file, error) from error
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles NumPy arrays in plain containers, and nothing that could run code."""
-
-    def find_class(self, module: str, name: str) -> object:
-        if (module, name) in _OF_OTHERS or (module.split(".")[0] == "numpy" and name in _OF_NUMPY):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+def _verify(file: str) -> None:
+    """Verifies the checksums of a zip archive, which PyTorch does not. Raises an error if one is wrong."""
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        if sum(member.file_size for member in members) > os.path.getsize(file):
+            raise ValueError("its entries are compressed or overlap")
+        for member in members:
+            with archive.open(member) as stream:
+                while member.CRC and stream.read(2**20):  # 0 if PyTorch was set to compute none
+                    pass
 
 
 def _read_pickle(file: str) -> object:
     """Reads Detectron2's .pkl files: {"model": arrays by name, "__author__": ...}, or Caffe2's arrays by name."""
     with open(file, "rb") as stream:
         try:
-            loaded = _ArrayUnpickler(stream, encoding="latin1").load()
+            loaded = load_pickle(stream)
         except Exception as error:  # damaged bytes are instructions, which can fail in any way
             raise _unreadable(file, error) from error
     if not isinstance(loaded, dict) or "model" in loaded:
