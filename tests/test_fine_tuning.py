@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.utils.events import EventStorage
 from programs import TRAIN_NET, load, one_line
@@ -200,13 +201,16 @@ def head(classes, first):
     return {"d.class_head.weight": rows[:, None].repeat(1, 3), "semantic_head.classifier.bias": rows[:-1]}
 
 
+COCO = MetadataCatalog.get("coco_2017_val_panoptic").stuff_classes
+
+
 @pytest.mark.parametrize(
     ("names", "own_names", "expected"),
     [
         (["Car", "sky-other-merged", "tree"], ["sky", "dog", "car, auto"], [1, 101, 0, 3]),
         (["a", "b"], ["c", "d"], [100, 101, 102]),  # as many, but others
         (["a", "b"], ["a", "b"], [0, 1, 2]),
-        ([], ["person", "kite", "moon"], [0, 33, 102, 133]),  # weights published for COCO
+        (COCO, ["person", "kite", "moon"], [0, 33, 102, 133]),
         ([], [], None),
     ],
 )

@@ -1,6 +1,7 @@
 """Detectron2's checkpointer, extended to read every published format and to reject another model's weights."""
 
 import logging
+import os
 import re
 import zipfile
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -104,13 +106,14 @@ class KMaXCheckpointer(DetectionCheckpointer):
             return super().load(path)
         wanted = list(self.checkpointables if checkpointables is None else checkpointables)
         self.logger.info(f"[{type(self).__name__}] Loading from {path} ...")
-        checkpoint = read_checkpoint(path, self.model, resume=bool(wanted))
+        checkpoint = self._read(path, resume=bool(wanted))
         self._resumes = any(name in checkpoint for name in wanted)
         if not self._resumes and not self.complete:
             names, own_names = (
                 [category["name"] for category in entries.get(ENTRY, {}).get("categories", ())]
                 for entries in (checkpoint, self.origin)
             )
+            names = checkpoint.pop("classes", names)
             take_rows(checkpoint["model"], names, self.model.state_dict(), own_names)
         self._log_incompatible_keys(self._load_model(checkpoint))
         for name in wanted:
@@ -122,6 +125,16 @@ class KMaXCheckpointer(DetectionCheckpointer):
                 except Exception as error:  # of a state of any content
                     raise UserError(f"cannot resume from {path}: its {name} is damaged ({error!r})") from error
         return checkpoint
+
+    def _read(self, path: str, resume: bool) -> dict:
+        """Reads a checkpoint; as in Detectron2, processes that do not have the file get it from the main one."""
+        model = self.model.module if isinstance(self.model, nn.parallel.DistributedDataParallel) else self.model
+        has_file = comm.all_gather(os.path.exists(path))
+        if not has_file[0] or all(has_file):
+            return read_checkpoint(path, model, resume=resume)
+        self.logger.warning(f"not all processes have {path}: they get it from the main one")
+        checkpoint = read_checkpoint(path, model, resume=resume) if comm.is_main_process() else None
+        return comm.all_gather(checkpoint)[0]
 
     def _load_model(self, checkpoint: dict):
         # Published files may lack the counts of batches, which nothing reads.

@@ -34,13 +34,12 @@ def take_rows(
 
     Args:
         weights: the checkpoint's, by our names; changed in place.
-        names: the checkpoint's classes; if there are none, those of the published weights with as many classes.
+        names: the checkpoint's classes; without any, nothing is changed.
         own, own_names: weights and classes of the model; without classes, nothing is changed.
     """
     heads = [name for name in weights if OF_CLASSES.fullmatch(name) and name in own]
-    counts = {len(weights[name]) - 1 for name in heads if ".class_head." in name}
-    if not names and counts and counts != {len(own_names)}:
-        names = getattr(published_metadata(min(counts)), "stuff_classes", ())
+    if heads and own_names and not names:
+        logger.info("the checkpoint does not name its classes: class heads of the same size are taken as they are")
     if not heads or not names or not own_names or list(names) == list(own_names):
         return
     rows = {_plain(name): index for index, name in enumerate(names)}

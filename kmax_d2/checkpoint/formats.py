@@ -10,7 +10,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
@@ -50,16 +50,24 @@ def read_checkpoint(path: str, model: Any, *, resume: bool = False) -> dict:
         resume: whether the training state is needed too. Otherwise the tensors may be views of the file.
 
     Returns:
-        "model": a state dict with our names; for one of our own checkpoints also its other entries, such as "trainer".
+        "model": a state dict with our names; for one of our own checkpoints also its other entries, such as "trainer";
+        for published weights also "classes", their class names.
     """
     if path.startswith(TIMM):
         return {"model": load_timm(path.removeprefix(TIMM), model.pixel_mean, model.pixel_std)}
-    return _in_our_names(read_entries(path, resume=resume), model)
+    checkpoint = read_entries(path, resume=resume)
+    prefix, checkpoint["model"] = strip_prefix(checkpoint["model"], model.state_dict().keys(), path)
+    if prefix:
+        logger.info(f"the weights of {path} are those that begin with {prefix}")
+    return _in_our_names(checkpoint, model)
 
 
 def read_entries(path: str, *, resume: bool = False) -> dict:
     """Reads a file or an address as :func:`read_checkpoint` does, but leaves the weights as they are named there."""
-    file = download(path) if is_address(path) else PathManager.get_local_path(path)
+    try:
+        file = download(path) if is_address(path) else PathManager.get_local_path(path)
+    except (RuntimeError, OSError, LookupError, ValueError) as error:  # of Detectron2's catalogs
+        raise error if isinstance(error, UserError) else UserError(f"cannot get {path}: {error}") from error
     try:
         return _read(file, resume)
     except OSError as error:
@@ -75,23 +83,27 @@ def _in_our_names(checkpoint: dict, model: Any) -> dict:
     """Converts the weights by the names that they have."""
     weights = checkpoint["model"]
     if any("/" in name for name in weights):
-        return {"model": deeplab2_to_state_dict(weights, _things(weights, model.merging.is_thing.tolist()))}
+        published = published_metadata(len(weights.get(CLASS_BIAS, [0])) - 1)
+        is_thing = model.merging.is_thing.tolist()
+        if published is not None:
+            is_thing = [index in things_of(published) for index in range(len(published.stuff_classes))]
+        return _named(deeplab2_to_state_dict(weights, is_thing))
     weights = {name: torch.as_tensor(value) for name, value in weights.items()}
     if is_port(weights):
         check_port_options(model)
-        return {"model": port_to_state_dict(weights)}
+        return _named(port_to_state_dict(weights))
+    if is_imagenet(weights) and not type(model.backbone).__module__.startswith("kmax_d2."):
+        return checkpoint | {"model": weights, "matching_heuristics": True}  # Detectron2 finds the names
     if is_imagenet(weights):
         return {"model": imagenet_to_state_dict(weights, model.pixel_mean, model.pixel_std)}
     return checkpoint | {"model": weights}
 
 
-def _things(variables: Mapping, is_thing: list[bool]) -> list[bool]:
-    """Whether each class of official weights is a thing: as in the model, or if that has others as in their dataset."""
-    count = len(variables.get(CLASS_BIAS, [0])) - 1
-    metadata = published_metadata(count) if count != len(is_thing) else None
-    if metadata is None:
-        return is_thing
-    return [index in things_of(metadata) for index in range(count)]
+def _named(weights: dict) -> dict:
+    """Adds the class names of the published dataset with as many classes, if there is one."""
+    counts = {len(weight) - 1 for name, weight in weights.items() if name.endswith("class_head.bias")}
+    published = published_metadata(min(counts)) if counts else None
+    return {"model": weights} | ({"classes": published.stuff_classes} if published is not None else {})
 
 
 def _read(file: str, resume: bool) -> dict:

@@ -1,5 +1,6 @@
 """What a checkpoint tells of its model, config and classes, so that the file alone is enough to use it."""
 
+import logging
 from typing import Any
 
 import yaml
@@ -12,6 +13,7 @@ from ..option_rules import RULES
 from ..options import default_config, merge_pairs, option_values, require
 from .formats import read_entries
 
+logger = logging.getLogger(__name__)
 ENTRY = "kmax_d2"  # of the checkpoint
 # Of the machine, not of the model.
 _LOCAL = ("MODEL.DEVICE", "MODEL.WEIGHTS", "MODEL.KMAX.TEST.SAVE_PREDICTIONS", "MODEL.KMAX.TIMM.PRETRAINED")
@@ -35,16 +37,32 @@ def merge_checkpoint(cfg: CfgNode, file: str) -> None:
     Raises UserError where the file cannot be read, or does not tell.
     """
     entry = read_entries(file).get(ENTRY)
-    if not entry:
+    if not isinstance(entry, dict):
         raise UserError(f"{file} has weights, but not their config: name the config, and {file} as its weights")
+    try:
+        _merge_entry(cfg, file, entry["options"], entry["categories"])
+    except UserError:
+        raise
+    except Exception as error:  # of an entry of any content
+        raise UserError(
+            f"{file} has a damaged description of its model ({error!r}): name the config, and {file} as its weights"
+        ) from error
+
+
+def _merge_entry(cfg: CfgNode, file: str, options: str, categories: list[dict]) -> None:
     known = RULES.keys() | dict(option_values(cfg))
-    saved = option_values(CfgNode(yaml.safe_load(entry["options"])))
+    saved = dict(option_values(CfgNode(yaml.safe_load(options))))
     # Another version of Detectron2 has options of its own, which nothing here reads.
-    require(merge_pairs(cfg, [part for pair in saved if pair[0] in known for part in pair]))
+    unknown = [name for name in saved if name not in known and name.startswith(("MODEL.KMAX.", "INPUT."))]
+    if unknown:
+        logger.warning(f"{file} is of another version; left out, as they are unknown here: {', '.join(unknown)}")
+    require(merge_pairs(cfg, [part for pair in saved.items() if pair[0] in known for part in pair]))
     cfg.MODEL.WEIGHTS = file
     cfg.INPUT.MIN_SIZE_TEST = cfg.INPUT.MAX_SIZE_TEST = -1  # computed again: further options may change the crop
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
-    if entry["categories"]:
+    if categories:
         name = f"classes of {file}"
-        coco_panoptic.register_records(name, lambda: [], **coco_panoptic.metadata_of(entry["categories"]))
+        _, faults = coco_panoptic.find_categories({"categories": categories}, file)
+        require([fault.line for fault in faults])
+        coco_panoptic.register_records(name, list, **coco_panoptic.metadata_of(categories))
         cfg.DATASETS.TEST = (name,)

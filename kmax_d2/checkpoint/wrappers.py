@@ -34,7 +34,7 @@ def find_weights(content: object, file: str) -> tuple[str, dict]:
 def _sets(content: object, *place: str) -> Iterator[tuple[str, dict]]:
     """Yields the places and the contents of the innermost dicts that have tensors in them."""
     entries = dict(dict.items(content)) if isinstance(content, dict) else {}  # whatever a file gave as its methods
-    inner = []
+    inner: list[tuple[str, dict]] = []
     for name, value in entries.items():
         if len(place) < _DEPTH and isinstance(name, str) and isinstance(value, dict) and _HOLDER.fullmatch(name):
             inner += _sets(value, *place, name)
@@ -76,5 +76,5 @@ def strip_prefix(weights: dict[str, Any], names: Collection[str], file: str) -> 
 
 
 def _choice(file: str, places: list[str], content: str) -> str:
-    names = ", ".join(places)
-    return f"{file} holds {len(places)} sets of weights, {names}: choose one and save it alone, torch.save({content}, NEW)"
+    sets = f"{len(places)} sets of weights, {', '.join(places)}"
+    return f"{file} holds {sets}: choose one and save it alone, torch.save({content}, NEW)"
