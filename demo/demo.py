@@ -89,6 +89,9 @@ def segment_images(args: argparse.Namespace) -> None:
     if sources:
         paths = args.save_json, args.save_instances, args.save_semantic
         panoptic, instances, semantic = (Path(path) if path else None for path in paths)
+        named = [folder, *(path for path in (panoptic, panoptic and png_folder(panoptic), instances, semantic) if path)]
+        if len({path.resolve() for path in named}) < len(named):
+            raise UserError("two outputs have one name: choose others for --output, --save-json, and the like")
         outputs = [(folder, ".png")] + ([(folder, "_assignments.png")] if args.assignments else [])
         outputs += [(place, ".png") for place in (panoptic and png_folder(panoptic), semantic) if place]
         stems = name_outputs(sources, outputs)
@@ -123,6 +126,8 @@ def segment_video(args: argparse.Namespace) -> None:
     """Segments a video, or what a camera sees, and writes a video; what is written when it is interrupted is kept."""
     if args.save_json or args.save_instances or args.save_semantic or args.assignments:
         raise UserError("--save-json, --save-instances, --save-semantic, and --assignments are for images (--input)")
+    if args.webcam is not None and args.webcam < 0:
+        raise UserError(f"--webcam is {args.webcam}, but must be the number of a camera, from 0")
     source = args.video_input or f"camera-{args.webcam}"
     file = video_file(args.output, name_outputs([source], [(Path(args.output), ".avi")])[source])
     if file.resolve() == Path(source).resolve():

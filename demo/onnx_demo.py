@@ -1,17 +1,18 @@
 #!/usr/bin/env python
 """Segments an image with a file of `python -m kmax_d2.tools.export --format onnx`, without PyTorch or Detectron2.
 
-python demo/onnx_demo.py MODEL.onnx IMAGE OUTPUT.png [--size HEIGHT WIDTH]
+python demo/onnx_demo.py MODEL.onnx IMAGE OUTPUT.png [--size HEIGHT WIDTH] [--overwrite]
 """
 
 import argparse
 import colorsys
+import os
 import sys
 from collections.abc import Sequence
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def segment(model: str, image: Image.Image, size: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
@@ -38,9 +39,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("model", "image", "output"):
         parser.add_argument(name)
     parser.add_argument("--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="at which the model runs")
+    parser.add_argument("--overwrite", action="store_true", help="write over a file that exists")
     args = parser.parse_args(argv)
     try:
-        image = Image.open(args.image).convert("RGB")
+        if os.path.exists(args.output) and (os.path.samefile(args.output, args.image) or not args.overwrite):
+            raise FileExistsError(f"{args.output} exists: choose another name, or add --overwrite")
+        if os.path.splitext(args.output)[1].lower() not in Image.registered_extensions():
+            raise ValueError(f"{args.output} must end as a picture does, such as .png")
+        image = Image.open(args.image)
+        if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip the values at 255
+            raise ValueError(f"{args.image} has more than 8 bits per channel; convert it to 8 bits first")
+        image = ImageOps.exif_transpose(image).convert("RGB")
         ids, segments = segment(args.model, image, args.size)
         hues = (np.arange(len(segments)) * 0.618) % 1  # the golden ratio keeps neighbors apart
         colors = np.array([(0, 0, 0), *(colorsys.hsv_to_rgb(hue, 0.8, 1) for hue in hues)]) * 255

@@ -5,6 +5,8 @@ Programs parse first and import PyTorch afterwards, so this module imports nothi
 
 import argparse
 import logging
+import signal
+import sys
 from collections.abc import Callable, Sequence
 
 from .errors import report_errors
@@ -69,6 +71,8 @@ class ConfigParser(argparse.ArgumentParser):
 def run_program(main: Callable[[], object]) -> None:
     """Runs a program's main function with freed memory kept; errors of the user's are one line."""
     report_errors()
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # removes what is not complete
     logging.raiseExceptions = False  # a log that fails, on a full disk for example, is not worth its tracebacks
     from .speed import keep_freed_memory  # imports PyTorch
 

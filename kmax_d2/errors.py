@@ -19,6 +19,10 @@ class UserError(RuntimeError):
     """A problem outside the program: a file, an option, or a dataset."""
 
 
+class DownloadError(UserError):
+    """A file that cannot be downloaded."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns ``" - did you mean X?"`` for the closest known name, or an empty string if none is close."""
     closest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
@@ -70,7 +74,8 @@ def _one_line(error: BaseException) -> str:
     if "DataLoader worker" in text:
         reason = " ".join(text[text.index("DataLoader worker") :].split()).rstrip(".")
         return f"error: {reason}: is there enough memory? Each of DATALOADER.NUM_WORKERS processes needs some"
-    known = isinstance(error, (UserError, OSError, BrokenExecutor)) or name == UserError.__name__
+    ours = UserError.__name__, DownloadError.__name__
+    known = isinstance(error, (UserError, OSError, BrokenExecutor)) or name in ours
     if known or issubclass(getattr(builtins, name, object), OSError):
         return f"error: {' '.join(re.sub(r'^.Errno -?[0-9]+. ', '', text).split())}"
     return ""

@@ -18,12 +18,12 @@ logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def _opened(file: str | IO[bytes], what: str, gray: bool) -> Iterator[Image.Image]:
-    """Opens an image; whatever is wrong with it, also inside the block, is a UserError with `what` it is."""
+def _opened(file: str | IO[bytes] | Image.Image, what: str, gray: bool) -> Iterator[Image.Image]:
+    """Opens an image, unless it is one. Any failure, including one inside the block, is a UserError that names it."""
     try:
         if isinstance(file, str) and os.path.exists(file) and not os.path.isfile(file):
             raise UserError(f"cannot read the {what}: it is not a file")
-        with Image.open(file) as image:
+        with contextlib.nullcontext(file) if isinstance(file, Image.Image) else Image.open(file) as image:
             if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip the values at 255
                 raise UserError(f"the {what} has more than 8 bits per channel; convert it to 8 bits first")
             if not gray and image.mode not in ("RGB", "RGBA", "P"):
@@ -39,9 +39,15 @@ def _opened(file: str | IO[bytes], what: str, gray: bool) -> Iterator[Image.Imag
 
 
 def read_rgb(
-    file: str | IO[bytes], what: str = "image", gray: bool = True, name: str = "", size: tuple[int, ...] = ()
+    file: str | IO[bytes] | Image.Image,
+    what: str = "image",
+    gray: bool = True,
+    name: str = "",
+    size: tuple[int, ...] = (),
 ) -> np.ndarray:
-    """Reads an image file whole: RGB (H, W, 3), uint8, upright by its EXIF orientation; the first of several frames.
+    """Reads an image file whole, or an image of Pillow's: RGB (H, W, 3), uint8, upright by its EXIF orientation.
+
+    Of several frames in a file it is the first.
 
     Raises UserError with its name (`name`, else the path) and `what` it is, if it is damaged, not an image, has more
     than 8 bits a channel, is gray where that is not allowed, or, given the (height, width) `size` of the image that it
@@ -49,16 +55,25 @@ def read_rgb(
     """
     what = f"{what} {name or file}"
     with _opened(file, what, gray) as image:
+        if image is file:  # in memory, with a frame chosen
+            return _upright(image)
         if (frames := getattr(image, "n_frames", 1)) > 1:
             logger.warning(f"the {what} has {frames} frames: only the first is used")
         if image.format == "PNG":
             image.verify()  # the checksums, which loading passes over; the image must then be opened again
     with _opened(file, what, gray) as image:
-        image.load()  # before anything that would hide an error
-        pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        pixels = _upright(image)
     if size and pixels.shape[:2] != size:
         raise UserError(f"the {what} is {pixels.shape[1]}×{pixels.shape[0]}, but its image is {size[1]}×{size[0]}")
     return pixels
+
+
+def _upright(image: Image.Image) -> np.ndarray:
+    """Returns RGB (H, W, 3), uint8, turned by the EXIF orientation."""
+    image.load()  # before anything that would hide an error
+    if image.mode in ("RGBa", "La"):  # colors that are multiplied by their alpha, which convert to nothing else
+        return np.asarray(ImageOps.exif_transpose(image).convert(image.mode.upper()).convert("RGB"))
+    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def read_size(file: str, what: str = "image", gray: bool = True) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from .checkpoint import KMaXCheckpointer
-from .engine.setup import config_file, load_config, load_model, ready_config
+from .engine.setup import CHECKPOINT, config_file, load_config, load_model, ready_config
 from .errors import UserError, did_you_mean
 
 # The official repository's archives of TensorFlow checkpoints.
@@ -70,7 +70,7 @@ def get_config(name: str, trained: bool = False) -> CfgNode:
 
     Raises UserError if the model is unknown or has no trained weights.
     """
-    return load_config(get_config_file(name), _trained(name) if trained else ())
+    return load_config(*_trained(name)) if trained else load_config(get_config_file(name))
 
 
 def get(name: str, trained: bool = False, device: str | None = None) -> nn.Module:
@@ -85,8 +85,8 @@ def get(name: str, trained: bool = False, device: str | None = None) -> nn.Modul
     Raises:
         UserError: the model is unknown, or its weights cannot be downloaded.
     """
-    options = _trained(name) if trained else []
-    cfg = ready_config(name, options if device is None else [*options, "MODEL.DEVICE", device])
+    file, options = _trained(name) if trained else (name, [])
+    cfg = ready_config(file, options if device is None else [*options, "MODEL.DEVICE", device])
     if trained:
         return load_model(cfg)
     model = build_model(cfg)
@@ -94,5 +94,7 @@ def get(name: str, trained: bool = False, device: str | None = None) -> nn.Modul
     return model
 
 
-def _trained(name: str) -> list[str]:
-    return ["MODEL.WEIGHTS", get_checkpoint_url(name)]
+def _trained(name: str) -> tuple[str, list[str]]:
+    """Returns a config and options for the trained weights: included ones are a checkpoint that knows its config."""
+    weights = get_checkpoint_url(name)
+    return (weights, []) if weights.endswith(CHECKPOINT) else (get_config_file(name), ["MODEL.WEIGHTS", weights])

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.utils import comm
 
 from .data import MAPPER_REGISTRY
 from .errors import UserError
@@ -144,11 +143,8 @@ def check_relations(cfg: CfgNode) -> None:
         raise UserError("SOLVER.PATIENCE counts evaluations: set TEST.EVAL_PERIOD and SOLVER.BEST_METRIC")
     if scales[0] > scales[1]:
         raise UserError("INPUT.SCALE_RANGE is in the wrong order, but must be (smallest, largest)")
-    if solver.IMS_PER_BATCH % (comm.get_world_size() * solver.ACCUMULATE):
-        raise UserError(
-            "SOLVER.IMS_PER_BATCH, the images of a step, must be a multiple of the number of processes, times "
-            "SOLVER.ACCUMULATE"
-        )
+    if solver.IMS_PER_BATCH % solver.ACCUMULATE:
+        raise UserError("SOLVER.IMS_PER_BATCH, the images of a step, must be a multiple of SOLVER.ACCUMULATE")
     stages = ("IN_FEATURES", "WIDTHS", "BLOCKS", "KINDS")
     if len({len(cfg.MODEL.KMAX.PIXEL_DECODER[name]) for name in stages}) > 1:
         raise UserError(

@@ -191,3 +191,24 @@ def test_an_interrupted_run_keeps_its_results(tmp_path):
     assert process.returncode and errors.endswith("\ninterrupted\n") and "Traceback" not in errors
     written = {entry["file_name"] for entry in json.loads((tmp_path / "all.json").read_text())["annotations"]}
     assert 2 <= len(written) < 40 and written == {file.name for file in (tmp_path / "all").iterdir()}
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        ["--output", "{}/x", "--save-json", "{}/x.json"],
+        ["--output", "{}/x", "--save-semantic", "{}/y/../x"],
+        ["--output", "{}/x", "--save-json", "{}/y.json", "--save-instances", "{}/y.json"],
+        ["--output", "{}/x", "--save-json", "{}/y.json", "--save-semantic", "{}/y"],
+    ],
+)
+def test_two_outputs_of_one_name_are_refused_before_anything_is_written(outputs, tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    arguments = ["--input", str(tmp_path / "a.png"), *(part.format(tmp_path) for part in outputs)]
+    assert "two outputs have one name" in programs.one_line(programs.load(programs.DEMO).main, arguments)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.png"]
+
+
+def test_a_camera_has_a_number_from_0(tmp_path):
+    arguments = ["--webcam", "-1", "--output", str(tmp_path / "x.avi")]
+    assert "--webcam is -1" in programs.one_line(programs.load(programs.DEMO).main, arguments)

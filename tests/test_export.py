@@ -8,11 +8,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import openvino
+import programs
 import pytest
 import reference
 import torch
 from detectron2.modeling import build_model
-from PIL import Image
+from PIL import ExifTags, Image
 
 import kmax_d2
 from kmax_d2.data.datasets import shapes
@@ -293,3 +294,33 @@ def test_every_family_in_both_runtimes_whatever_the_threads(config, tmp_path):
     finally:
         for process in load:
             process.kill()
+
+
+@needs_export
+def test_the_demo_writes_over_nothing_and_reads_only_what_it_understands(onnx_file, drawn, tmp_path):
+    image, output = tmp_path / "image.png", tmp_path / "out.png"
+    Image.fromarray(drawn[0]).save(image)
+    Image.fromarray(drawn[0][..., 0].astype(np.uint16) * 256).save(tmp_path / "deep.png")
+    before = image.read_bytes()
+    demo = programs.load(ROOT / "demo" / "onnx_demo.py").main
+    output.write_bytes(b"a user's file")
+    for arguments, line in [
+        ([image, image, "--overwrite"], "exists: choose another name"),
+        ([image, output], "exists: choose another name, or add --overwrite"),
+        ([image, tmp_path / "out.txt"], "must end as a picture does"),
+        ([tmp_path / "deep.png", tmp_path / "new.png"], "more than 8 bits per channel"),
+    ]:
+        assert line in programs.one_line(demo, [onnx_file, *map(str, arguments)])
+    assert image.read_bytes() == before and output.read_bytes() == b"a user's file"
+    demo([onnx_file, str(image), str(output), "--overwrite"])
+    assert Image.open(output).size == Image.open(image).size
+
+
+@needs_export
+def test_the_demo_turns_photos_upright(onnx_file, drawn, tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(np.rot90(drawn[0])).save(tmp_path / "photo.png", exif=exif)
+    demo = programs.load(ROOT / "demo" / "onnx_demo.py").main
+    demo([onnx_file, str(tmp_path / "photo.png"), str(tmp_path / "out.png")])
+    assert Image.open(tmp_path / "out.png").size == SIZE[::-1]

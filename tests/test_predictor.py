@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,17 +13,19 @@ import supervision
 import torch
 import yaml
 from detectron2.data import DatasetCatalog
-from PIL import Image
+from PIL import ExifTags, Image
 from published import server
 from runs import write_own_data
-from small import options
+from small import build, options
 
 import kmax_d2
+from kmax_d2 import model_zoo
 from kmax_d2.checkpoint.origin import describe_model, merge_checkpoint
 from kmax_d2.data.datasets import shapes
 from kmax_d2.engine import Trainer, load_config, ready_config
 from kmax_d2.errors import UserError
 from kmax_d2.inference import Predictor
+from kmax_d2.inference.sources import read_source
 
 
 @pytest.fixture(scope="module")
@@ -232,3 +235,63 @@ def test_images_that_are_none(predict, tmp_path, caplog):
     assert "has 2 frames: only the first is used" in caplog.text
     for mode in ("L", "CMYK", "RGBA", "P", "1"):
         assert predict(Image.new(mode, (1, 1))).panoptic.ids.shape == (1, 1)
+
+
+def turned(folder):
+    """A photo with an EXIF orientation, as a file and in memory."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=np.uint8))
+    image.save(folder / "photo.png", exif=exif)
+    return str(folder / "photo.png")
+
+
+def test_an_image_in_memory_is_read_as_its_file(tmp_path):
+    file = turned(tmp_path)
+    from_file, _ = read_source(file)
+    assert from_file.shape == (64, 40, 3)
+    with Image.open(file) as image:
+        assert np.array_equal(read_source(image)[0], from_file)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "RGBa", "La"])
+def test_images_of_every_mode_in_memory(mode):
+    image = Image.fromarray(np.full((9, 11, 3), (200, 30, 60), np.uint8)).convert("RGBA")
+    base = {"RGBa": "RGBA", "La": "LA", "PA": "P", "HSV": "RGB", "YCbCr": "RGB", "CMYK": "RGB"}.get(mode, mode)
+    image = image.convert(base)
+    pixels = read_source(image if base == mode else image.convert(mode))[0]
+    assert pixels.shape == (9, 11, 3) and pixels.dtype == np.uint8
+    if mode in ("RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "RGBa"):
+        assert np.abs(pixels.astype(int) - (200, 30, 60)).max() <= 6
+
+
+@pytest.mark.parametrize("mode", ["I", "F", "I;16", "LAB"])
+def test_images_whose_colors_are_not_of_8_bits_are_one_line(mode):
+    with pytest.raises(UserError, match="image of PIL"):
+        read_source(Image.new(mode, (11, 9)))
+
+
+@pytest.mark.parametrize("name", ["shapes/quickstart", "camvid/street"])
+def test_included_models_by_every_way(name):
+    """Their weights know their classes, which the configs alone do not."""
+    model = model_zoo.get(name, trained=True, device="cpu")
+    cfg = model_zoo.get_config(name, trained=True)
+    predict = kmax_d2.load(Path(model_zoo.get_checkpoint_url(name)), device="cpu")
+    assert len(model.merging.is_thing) == cfg.MODEL.KMAX.NUM_CLASSES == len(predict.class_names)
+    assert all(torch.equal(w, predict.model.state_dict()[n]) for n, w in model.state_dict().items() if "centers" in n)
+
+
+def test_results_that_a_checkpoint_switches_off_are_there(tmp_path):
+    off = [part for kind in ("PANOPTIC", "SEMANTIC", "INSTANCE") for part in (f"MODEL.KMAX.TEST.{kind}_ON", False)]
+    predict = kmax_d2.load("camvid/street", device="cpu", options=off)
+    image = np.random.default_rng(0).integers(0, 256, (96, 130, 3), dtype=np.uint8)
+    result, tiled = predict(image), predict.tiled(image, 96)
+    assert result.semantic.shape == tiled.semantic.shape == (96, 130)
+    assert tiled.semantic.any() and len(result.instances) >= 0
+
+
+def test_prediction_leaves_the_modes_of_modules_alone():
+    model = build("coco/base").train()
+    model.backbone.eval()
+    model.predict(torch.zeros(1, 3, 33, 33))
+    assert model.training and not any(module.training for module in model.backbone.modules())

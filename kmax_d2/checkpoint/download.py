@@ -11,7 +11,7 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.utils import HfHubHTTPError
 from iopath.common.file_io import get_cache_dir
 
-from ..errors import UserError
+from ..errors import DownloadError, UserError
 from ..hugging_face import quick_hugging_face
 
 TIMEOUT = 10.0  # seconds without an answer
@@ -36,7 +36,7 @@ def hub_file(repository: str, name: str) -> str:
         with quick_hugging_face():
             return hf_hub_download(repository, name)
     except (OSError, ValueError, HfHubHTTPError) as error:
-        raise UserError(
+        raise DownloadError(
             f"cannot download {name} of {repository} ({' '.join(str(error).split())}): run again with a network, or "
             f"copy models--{repository.replace('/', '--')} from another machine's Hugging Face cache to "
             f"{constants.HF_HUB_CACHE}"
@@ -61,7 +61,7 @@ def download(address: str) -> str:
             urllib.request.urlopen(address).close()  # fails before PathManager logs and shows a bar
         return PathManager.get_local_path(address)
     except (OSError, http.client.HTTPException) as error:
-        raise UserError(
+        raise DownloadError(
             f"cannot download {address} ({str(error).strip('<>')}): run again with a network, or put the file at {file}"
         ) from error
     finally:

@@ -20,7 +20,7 @@ from detectron2.utils.file_io import PathManager
 from safetensors.torch import load_file
 
 from ..data.datasets.coco_panoptic import things_of
-from ..errors import UserError
+from ..errors import DownloadError, UserError
 from .class_rows import published_metadata
 from .deeplab2 import CLASS_BIAS, deeplab2_to_state_dict
 from .download import download, is_address
@@ -76,7 +76,7 @@ def read_entries(path: str, *, resume: bool = False) -> dict:
         if not is_address(path):
             raise
         Path(file).unlink(missing_ok=True)
-        raise UserError(f"{path} gave no checkpoint: {error}. It was removed; run again for a new copy") from error
+        raise DownloadError(f"{path} gave no checkpoint: {error}. It was removed; run again for a new copy") from error
 
 
 def _in_our_names(checkpoint: dict, model: Any) -> dict:

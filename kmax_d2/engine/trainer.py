@@ -60,6 +60,11 @@ class Trainer(DefaultTrainer):
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         check(cfg)  # it may come from elsewhere than load_config
+        if cfg.SOLVER.IMS_PER_BATCH % (comm.get_world_size() * cfg.SOLVER.ACCUMULATE):
+            raise UserError(
+                "SOLVER.IMS_PER_BATCH, the images of a step, must be a multiple of the number of processes, times "
+                "SOLVER.ACCUMULATE"
+            )
         cfg = cfg.clone()
         cfg.defrost()
         if cfg.SEED < 0:

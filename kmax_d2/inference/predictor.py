@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -17,8 +18,9 @@ from torch import nn
 from .. import model_zoo
 from ..data.mapper import PanopticTestMapper
 from ..engine.setup import CHECKPOINT, dataset_metadata, load_predictor, ready_config
-from ..errors import UserError
+from ..errors import DownloadError
 from ..images import images_in
+from ..modeling.layers import evaluating
 from ..modeling.postprocess import ModelOutput
 from ..speed import use_precision
 from ..visualization import assignments
@@ -27,13 +29,14 @@ from .sources import Source, read_source
 from .tiles import segment_tiles
 
 logger = logging.getLogger(__name__)
+ALL_RESULTS = [part for kind in ("PANOPTIC", "SEMANTIC", "INSTANCE") for part in (f"MODEL.KMAX.TEST.{kind}_ON", True)]
 # Precision is a setting of the process, so that only one prediction runs at a time. A device has no time for two.
 _LOCK = threading.RLock()
 
 
 def load(
-    name: str = "",
-    weights: str | None = None,
+    name: str | os.PathLike = "",
+    weights: str | os.PathLike | None = None,
     device: str | None = None,
     precision: str | None = None,
     compile: str | None = None,
@@ -54,7 +57,8 @@ def load(
     Raises:
         UserError: there is no such model, or its weights cannot be had.
     """
-    given = {"MODEL.WEIGHTS": weights, "MODEL.DEVICE": device}
+    name = os.fspath(name)
+    given = {"MODEL.WEIGHTS": weights and os.fspath(weights), "MODEL.DEVICE": device}
     given |= {"MODEL.KMAX.TEST.PRECISION": precision, "MODEL.KMAX.COMPILE": compile}
     options = [*options, *(part for pair in given.items() if pair[1] is not None for part in pair)]
     if name:
@@ -62,15 +66,24 @@ def load(
     cfg = predictor_config(model_zoo.DEFAULT, options)
     try:
         return Predictor(cfg)
-    except UserError as error:
+    except DownloadError as error:
         if "MODEL.WEIGHTS" in options:
             raise
-        logger.warning(f"continuing with {model_zoo.OFFLINE} in place of {model_zoo.DEFAULT}: {error}")
-    return Predictor(predictor_config(model_zoo.OFFLINE, options))
+        reason = error
+    predict = Predictor(predictor_config(model_zoo.OFFLINE, options))
+    logger.warning(
+        f"{reason}. THIS IS ANOTHER MODEL, {model_zoo.OFFLINE} in place of {model_zoo.DEFAULT}, with the classes "
+        f"{', '.join(predict.class_names)}: load({model_zoo.DEFAULT!r}) fails instead"
+    )
+    return predict
 
 
 def predictor_config(name: str, options: Sequence = ()) -> CfgNode:
-    """Returns the ready config of a config or checkpoint, with its published weights unless the options name others."""
+    """Returns the ready config of a config or checkpoint, with its published weights unless the options name others.
+
+    All kinds of results are on: each is computed only where it is read.
+    """
+    options = [*options, *ALL_RESULTS]
     if model_zoo.has_weights(name) and "MODEL.WEIGHTS" not in options:
         weights = model_zoo.get_checkpoint_url(name)
         if weights.endswith(CHECKPOINT):  # which knows its config
@@ -138,13 +151,9 @@ class Predictor:
     @torch.no_grad()
     def segment(self, inputs: list[dict]) -> list[ModelOutput]:
         """Runs the model on a batch of its inputs in the config's precision; Detectron2's interface."""
-        with _LOCK, use_precision(self.cfg.MODEL.KMAX.TEST.PRECISION, self.cfg.MODEL.DEVICE):
-            training = self.model.training
-            self.model.eval()
-            try:
-                return self.model(inputs)
-            finally:
-                self.model.train(training)
+        test = self.cfg.MODEL.KMAX.TEST
+        with _LOCK, use_precision(test.PRECISION, self.cfg.MODEL.DEVICE), evaluating(self.model):
+            return self.model(inputs)
 
     def assignments(self, image: torch.Tensor) -> list[np.ndarray]:
         """Returns :func:`~kmax_d2.visualization.assignments` of an image (3, H, W) in the config's precision."""

@@ -36,9 +36,7 @@ def read_source(source: Source) -> tuple[np.ndarray, str]:
     if isinstance(source, (str, os.PathLike)):
         return read_rgb(str(source)), str(source)
     if isinstance(source, Image.Image):
-        stream = io.BytesIO()
-        source.save(stream, "TIFF" if source.mode in ("CMYK", "F") or source.mode[0] == "I" else "PNG")
-        return read_rgb(stream, name="of PIL"), ""
+        return read_rgb(source, name="of PIL"), ""
     if isinstance(source, torch.Tensor) and source.ndim == 3 and source.shape[0] == 3:
         source = source.permute(1, 2, 0).cpu().numpy()
     shape = source.shape if isinstance(source, np.ndarray) and source.dtype == np.uint8 else ()

@@ -15,7 +15,7 @@ from .build import build_from
 from .criterion import CRITERION_REGISTRY, make_targets
 from .inputs import check_images, check_inputs
 from .kmax_decoder import TRANSFORMER_DECODER_REGISTRY
-from .layers import backbone_maps, padded_side
+from .layers import backbone_maps, evaluating, padded_side
 from .merging import MaskWiseMerging
 from .pixel_decoder import PIXEL_DECODER_REGISTRY
 from .postprocess import ModelOutput, Postprocessor
@@ -150,16 +150,11 @@ class KMaXDeepLab(nn.Module):
             (B, C, h, w). With `auxiliary` also "auxiliary", a list with the same of each decoder at its own stride.
         """
         check_images(images)
-        training = self.training
-        self.eval()
-        try:
-            height, width = images.shape[-2:]
-            size = (padded_side(height), padded_side(width))
+        height, width = images.shape[-2:]
+        size = (padded_side(height), padded_side(width))
+        with evaluating(self):
             batch = self._batch(list(images.to(self.device)), size)
             final, others = self._predict(batch, auxiliary_classes=auxiliary)
-        finally:
-            self.train(training)
-
         result: dict[str, Any] = final.cropped(height, width, size)
         if auxiliary:
             result["auxiliary"] = [prediction.cropped(height, width, size) for prediction in others]

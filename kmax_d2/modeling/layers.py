@@ -1,6 +1,7 @@
 """Small layers that every part of the model shares."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -124,6 +125,18 @@ def resize(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
 def padded_side(side: int) -> int:
     """The next 32k + 1 at or above `side`, in pixels, and at least 33: what all strides up to 32 divide evenly."""
     return max(1, (side + 30) // 32) * 32 + 1
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode inside the block; afterwards each of its modules is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def backbone_maps(backbone: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
