@@ -25,11 +25,44 @@ def truth_of(name, record):
 
 
 def output_of(name, record, spoil=False):
-    """What a model that is right gives for a record; a spoilt one misses a segment and shifts everything else."""
+    """What a model that is right gives for a record; that of a spoilt one is :func:`disturbed`."""
     ids, classes, segments = truth_of(name, record)
     if spoil:
-        return output(name, np.roll(ids, 3, axis=1), np.roll(classes, 3, axis=1), segments[:-1])
+        seed = [*str(record["image_id"]).encode()]
+        return output(name, *disturbed(ids, classes, segments, seed, len(MetadataCatalog.get(name).stuff_classes)))
     return output(name, ids, classes, segments)
+
+
+def disturbed(ids, classes, segments, seed, num_classes):
+    """Shifts all, drops, splits, merges, and relabels segments, and adds void and a segment over others, at random."""
+    rng = np.random.default_rng(seed)
+    shift = tuple(rng.integers(-2, 3, 2))
+    ids, classes = (np.roll(values, shift, (0, 1)).astype(np.int64) for values in (ids, classes))
+    height, width = ids.shape
+    result = []
+    for number, segment in enumerate(segments, start=1):
+        mask, chance, category = ids == segment["id"], rng.random(), segment["category_id"]
+        if chance < 0.1:  # dropped
+            ids[mask] = 0
+            continue
+        if chance < 0.2:  # the right part becomes another segment
+            columns = np.flatnonzero(mask.any(0))
+            ids[mask & (np.arange(width) > columns[int(len(columns) * rng.uniform(0.3, 0.9))])] = -number
+            result.append({"id": -number, "category_id": category})
+        elif chance < 0.3 and result:  # joins another one
+            ids[mask] = result[-1]["id"]
+            continue
+        elif chance < 0.4:
+            category = int(rng.integers(num_classes))
+        result.append({"id": segment["id"], "category_id": category})
+    for value in (0, 1 << 24):  # void, and a segment that is invented
+        top, left = int(rng.integers(height - height // 6)), int(rng.integers(width - width // 6))
+        ids[top : top + height // 6, left : left + width // 6] = value
+    result.append({"id": 1 << 24, "category_id": int(rng.integers(num_classes))})
+    result = [segment for segment in result if (ids == segment["id"]).any()]
+    for segment in result:
+        classes[ids == segment["id"]] = segment["category_id"]
+    return ids, classes, result
 
 
 def output(name, ids, classes, segments):

@@ -69,7 +69,8 @@ class InstanceEvaluator(COCOEvaluator):
 
     def _derive_coco_results(self, coco_eval: COCOeval | None, *args: Any, **kwargs: Any) -> dict[str, float]:
         results = super()._derive_coco_results(coco_eval, *args, **kwargs)
-        return dict.fromkeys(results, 0.0) if coco_eval is None else results  # where nothing is predicted
+        has_truth = any(not annotation.get("iscrowd", 0) for annotation in self._coco_api.anns.values())
+        return dict.fromkeys(results, 0.0) if coco_eval is None and has_truth else results  # nothing is predicted
 
 
 def instances_of(record: dict) -> tuple[dict, list[dict]]:

@@ -163,7 +163,9 @@ class PanopticEvaluator(DatasetEvaluator):
         categories_of_part = {"": self.is_thing, "_th": things, "_st": stuff}
         rows = {suffix: quality_row(total, categories) for suffix, categories in categories_of_part.items()}
         table = [(part, *row) for part, row in zip(("all", "things", "stuff"), rows.values(), strict=True)]
-        logger.info("panoptic quality:\n%s", tabulate(table, ["", *SCORES], tablefmt="pipe", floatfmt=".3f"))
+        logger.info(
+            "panoptic quality:\n%s", tabulate(table, ["", *SCORES], tablefmt="pipe", floatfmt=".3f", missingval="-")
+        )
         self.counts_of_class = {c: total.get(id_, np.zeros(4)) for c, id_ in enumerate(self.id_of)}
         scores = {f"{key}{suffix}": x for suffix, row in rows.items() for key, x in zip(SCORES[:3], row, strict=False)}
         return {"panoptic_seg": {name: score for name, score in scores.items() if score is not None}}
