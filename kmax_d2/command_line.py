@@ -12,6 +12,17 @@ from collections.abc import Callable, Sequence
 from .errors import report_errors
 
 
+def whole(low: int, high: int = 10**6) -> Callable[[str], int]:
+    """Returns the type of an argument that is a whole number from `low` to `high`."""
+
+    def number(text: str) -> int:
+        if not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number from {low} to {high}")
+        return int(text)
+
+    return number
+
+
 class ConfigParser(argparse.ArgumentParser):
     """Parses a config, a checkpoint, and config options; a program adds its own arguments.
 

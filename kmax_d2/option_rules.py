@@ -56,12 +56,23 @@ def _has_device(name: Any) -> bool:
         device = torch.device(name)
     except (RuntimeError, TypeError):
         return False
-    return device.type != "cuda" or (device.index or 0) < max(1, torch.cuda.device_count())
+    if device.type == "cuda":
+        return (device.index or 0) < max(1, torch.cuda.device_count())
+    backend: Any = getattr(torch.backends, device.type, None) or getattr(torch, device.type, None)
+    return device.type == "cpu" or getattr(backend, "is_available", bool)()
 
 
 def _is_model(name: Any) -> bool:
     """Returns whether a meta-architecture is this project's or the user's, not one of Detectron2's."""
     return name in META_ARCH_REGISTRY and not str(META_ARCH_REGISTRY.get(name).__module__).startswith("detectron2.")
+
+
+def _are_expected(values: Any) -> bool:
+    """Returns whether values are the expected results that Detectron2 compares with."""
+    return isinstance(values, (list, tuple)) and all(
+        isinstance(row, (list, tuple)) and [type(x) in (int, float) for x in row] == [False, False, True, True]
+        for row in values
+    )
 
 
 FACTOR, POSITIVE, SHARE = number(0), number(0, above=True), number(0, 1)
@@ -79,7 +90,7 @@ _NAMES_BY_RULE = {
         MODEL.KMAX.TRANSFORMER_DECODER.CROSS_ATTENTION MODEL.KMAX.TEST.PAD_TO_CROP MODEL.KMAX.TEST.MERGE_AT_CROP
         MODEL.KMAX.TEST.PANOPTIC_ON MODEL.KMAX.TEST.SEMANTIC_ON MODEL.KMAX.TEST.INSTANCE_ON
         MODEL.KMAX.TEST.SAVE_PREDICTIONS SOLVER.AMP.ENABLED SOLVER.BEST_METRIC SOLVER.CLIP_GRADIENTS.ENABLED
-        SOLVER.EMA.ENABLED SOLVER.EMA.WARMUP TEST.EXPECTED_RESULTS TEST.PRECISE_BN.ENABLED""",
+        SOLVER.EMA.ENABLED SOLVER.EMA.WARMUP TEST.PRECISE_BN.ENABLED""",
     NATURAL: """DATALOADER.NUM_WORKERS INPUT.SCALE_STEPS MODEL.KMAX.NUM_CLASSES
         MODEL.KMAX.LOSS.SMALL_INSTANCE_AREA MODEL.KMAX.TEST.STUFF_AREA_LIMIT MODEL.KMAX.TEST.THING_AREA_LIMIT
         MODEL.KMAX.TRANSFORMER_DECODER.TRAINING_QUERIES SOLVER.KEEP_CHECKPOINTS SOLVER.PATIENCE
@@ -92,7 +103,9 @@ _NAMES_BY_RULE = {
         SOLVER.IMS_PER_BATCH SOLVER.MAX_ITER TEST.PRECISE_BN.NUM_ITER""",
     FACTOR: """INPUT.COLOR_LEVEL MODEL.KMAX.LOSS.INSTANCE_WEIGHT MODEL.KMAX.LOSS.MASK_ID_WEIGHT
         MODEL.KMAX.LOSS.PQ_WEIGHT MODEL.KMAX.LOSS.SEMANTIC_WEIGHT MODEL.KMAX.LOSS.SMALL_INSTANCE_WEIGHT
-        MODEL.KMAX.TEST.CLASS_POWER MODEL.KMAX.TEST.MASK_POWER SOLVER.BACKBONE_MULTIPLIER SOLVER.POLY_POWER""",
+        MODEL.KMAX.TEST.CLASS_POWER MODEL.KMAX.TEST.MASK_POWER SOLVER.BACKBONE_MULTIPLIER""",
+    number(0, 100): "SOLVER.POLY_POWER",
+    Rule(_are_expected, "a list of [task, metric, value, tolerance]"): "TEST.EXPECTED_RESULTS",
     POSITIVE: """MODEL.KMAX.LOSS.INSTANCE_TEMPERATURE MODEL.KMAX.LOSS.SEMANTIC_TEMPERATURE
         SOLVER.CLIP_GRADIENTS.CLIP_VALUE SOLVER.CLIP_GRADIENTS.NORM_TYPE""",
     SHARE: """DATALOADER.REPEAT_THRESHOLD MODEL.KMAX.CONVNEXT.DROP_PATH MODEL.KMAX.LOSS.MIN_PQ_WEIGHT
@@ -107,12 +120,13 @@ _NAMES_BY_RULE = {
     COUNTS: """MODEL.KMAX.CONVNEXT.DEPTHS MODEL.KMAX.CONVNEXT.WIDTHS MODEL.KMAX.MAXS.BLOCKS MODEL.KMAX.MAXS.STEM_WIDTHS
         MODEL.KMAX.MAXS.WIDTHS MODEL.KMAX.PIXEL_DECODER.BLOCKS MODEL.KMAX.PIXEL_DECODER.WIDTHS MODEL.KMAX.RESNET.BLOCKS
         MODEL.KMAX.RESNET.WIDTHS""",
-    each(COUNT, 2): "INPUT.CROP_SIZE MODEL.KMAX.SEMANTIC_HEAD.LOW_LEVEL_CHANNELS",
+    each(number(1, 2**15, whole=True), 2): "INPUT.CROP_SIZE",
+    each(COUNT, 2): "MODEL.KMAX.SEMANTIC_HEAD.LOW_LEVEL_CHANNELS",
     each(NATURAL): "MODEL.KMAX.TRANSFORMER_DECODER.DECODERS",
     each(SHARE): "MODEL.KMAX.MAXS.DROP_PATH",
     each(number(0, 255), 3): "MODEL.PIXEL_MEAN",
     each(POSITIVE, 3): "MODEL.PIXEL_STD",
-    each(POSITIVE, 2): "INPUT.SCALE_RANGE",
+    each(number(0.01, 100), 2): "INPUT.SCALE_RANGE",
     each(TEXT): "DATASETS.TRAIN DATASETS.TEST MODEL.KMAX.PIXEL_DECODER.IN_FEATURES MODEL.KMAX.PIXEL_DECODER.KINDS",
     each(one_of("backbone", "pixel_decoder", "transformer_decoder", "semantic_head")): "SOLVER.FREEZE",
     each(one_of("wandb", "mlflow")): "SOLVER.TRACKERS",

@@ -1,30 +1,52 @@
 """Applies a function to many items in several processes, with a progress bar."""
 
 import contextlib
+import itertools
 import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+CGROUPS = Path("/sys/fs/cgroup")  # where Linux keeps the quotas of containers and jobs
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def num_cores() -> int:
-    """Returns the number of cores that this process may use, by its affinity and its container's quota."""
+    """Returns the number of cores that this process may use, by its affinity and the quotas of its control groups."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # where there is no quota
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, math.ceil(int(quota) / int(period))))
+    with contextlib.suppress(OSError):
+        groups = {line.split(":", 2)[2].strip("/") for line in Path("/proc/self/cgroup").read_text().splitlines()}
+        leaves = [root / group for root in (CGROUPS, CGROUPS / "cpu") for group in groups]
+        folders = {folder for leaf in leaves for folder in (leaf, *leaf.parents)}
+        for folder, names in itertools.product(folders, (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"])):
+            with contextlib.suppress(OSError, ValueError):  # there is no file, or it says "max"
+                quota, period = (int(part) for name in names for part in (folder / name).read_text().split())
+                if quota > 0:
+                    cores = min(cores, math.ceil(quota / period))
     return cores
+
+
+def process_context() -> BaseContext:
+    """Returns how to start helper processes, which must not use PyTorch.
+
+    Forked ones start at once where fresh ones import PyTorch for seconds, but on macOS, or once CUDA runs, may lock up.
+    """
+    if sys.platform != "linux":
+        return multiprocessing.get_context()
+    torch: Any = sys.modules.get("torch")
+    on_gpu = torch is not None and torch.cuda.is_initialized()
+    return multiprocessing.get_context("forkserver" if on_gpu else "fork")
 
 
 def serve_parent() -> None:
@@ -67,5 +89,5 @@ def parallel_map(
     bar: dict[str, Any] = {"desc": description, "total": len(items), "mininterval": 0.5, "dynamic_ncols": True}
     if workers <= 1:
         return list(tqdm(map(function, items), **bar))
-    with ProcessPoolExecutor(workers, initializer=serve_parent) as pool:
+    with ProcessPoolExecutor(workers, mp_context=process_context(), initializer=serve_parent) as pool:
         return list(tqdm(pool.map(function, items), **bar))

@@ -1,7 +1,6 @@
 """Evaluation in other processes, while the model goes on."""
 
 import multiprocessing.util
-import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -9,7 +8,7 @@ from typing import Any
 
 from detectron2.utils import comm
 
-from ..parallel import num_cores, serve_parent
+from ..parallel import num_cores, process_context, serve_parent
 
 PENDING = 4  # images per process, so that those not yet evaluated take little memory
 
@@ -32,9 +31,7 @@ class EvaluationPool:
         Raises what an earlier call raised.
         """
         if self.pool is None:
-            # Fresh processes each import PyTorch for seconds, and forked ones do not; but on macOS these may crash.
-            context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-            self.pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=serve_parent)
+            self.pool = ProcessPoolExecutor(self.workers, mp_context=process_context(), initializer=serve_parent)
             # A rank that fails would wait for its processes forever, and the other ranks for it. End the processes with
             # this object, or before their queues are closed, which multiprocessing does at priority 10.
             end = {"cancel_futures": True}

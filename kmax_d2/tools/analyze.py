@@ -13,11 +13,15 @@ image is padded to sides of 32k + 1 first: `--size 801 1217` shows what the netw
 import json
 from collections.abc import Sequence
 
-from ..command_line import ConfigParser, run_program
+from ..command_line import ConfigParser, run_program, whole
 
 PARSER = ConfigParser(__doc__)
 PARSER.add_argument(
-    "--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="of the network's input (default: the paper's)"
+    "--size",
+    nargs=2,
+    type=whole(1, 2**15),
+    metavar=("HEIGHT", "WIDTH"),
+    help="of the network's input (default: the paper's)",
 )
 PARSER.add_argument("--json", action="store_true", help="print JSON")
 

@@ -16,16 +16,18 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 
-from ..command_line import ConfigParser, run_program
+from ..command_line import ConfigParser, run_program, whole
 
 PARSER = ConfigParser(__doc__)
 PARSER.add_argument("mode", choices=("inference", "training", "merging"))
-PARSER.add_argument("--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="of the images (default: crop)")
-PARSER.add_argument("--batch-size", type=int, default=1, metavar="N", help="images (%(default)s)")
+PARSER.add_argument(
+    "--size", nargs=2, type=whole(1, 2**15), metavar=("HEIGHT", "WIDTH"), help="of the images (default: crop)"
+)
+PARSER.add_argument("--batch-size", type=whole(1), default=1, metavar="N", help="images (%(default)s)")
 PARSER.add_argument("--device", help="cpu or cuda (default: the config's)")
 PARSER.add_argument("--precision", default="float32", help="float32, tf32, or bfloat16; the baseline has float32")
-PARSER.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's)")
-PARSER.add_argument("--repeats", type=int, default=5, metavar="N", help="measurements (default: %(default)s)")
+PARSER.add_argument("--threads", type=whole(1, 1024), metavar="N", help="CPU threads (default: PyTorch's)")
+PARSER.add_argument("--repeats", type=whole(1), default=5, metavar="N", help="measurements (default: %(default)s)")
 PARSER.add_argument("--compile", nargs="?", const="default", metavar="MODE", help="same as MODEL.KMAX.COMPILE")
 PARSER.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
 PARSER.add_argument("--json", action="store_true", help="print a list of rows")

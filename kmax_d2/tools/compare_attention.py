@@ -11,11 +11,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..command_line import ConfigParser, run_program
+from ..command_line import ConfigParser, run_program, whole
 
 PARSER = ConfigParser(__doc__, config_file=None)
 PARSER.add_argument("--output", default="output/compare_attention", metavar="DIR", help="default: %(default)s")
-PARSER.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 1 to N (default: %(default)s)")
+PARSER.add_argument("--seeds", type=whole(1), default=3, metavar="N", help="seeds 1 to N (default: %(default)s)")
 
 PARSER.parse_if_main(__name__)
 

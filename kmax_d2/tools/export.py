@@ -11,7 +11,7 @@ row i - 1; with --what network class logits (B, N, K + 1) and mask logits (B, N,
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..command_line import ConfigParser, run_program
+from ..command_line import ConfigParser, run_program, whole
 
 FORMATS = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2", "torchscript": ".ts"}
 PRECISIONS = ("float32", "float16", "bfloat16", "int8")
@@ -19,7 +19,9 @@ PARSER = ConfigParser(__doc__, weights=True, overwrite=True)
 PARSER.add_argument("--format", required=True, choices=FORMATS)
 PARSER.add_argument("--output", required=True, type=Path, metavar="FILE", help=f"ends in {', '.join(FORMATS.values())}")
 PARSER.add_argument("--what", default="panoptic", choices=("panoptic", "network"), help="(%(default)s)")
-PARSER.add_argument("--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="of the images (the config's crop)")
+PARSER.add_argument(
+    "--size", nargs=2, type=whole(1, 2**15), metavar=("HEIGHT", "WIDTH"), help="of the images (the config's crop)"
+)
 PARSER.add_argument("--dynamic", action="store_true", help="images of any size, in batches of any size")
 PARSER.add_argument("--precision", default="float32", choices=PRECISIONS, help="(%(default)s)")
 PARSER.add_argument("--images", type=Path, metavar="FOLDER", help="int8: images to measure activations on")
@@ -27,6 +29,7 @@ PARSER.add_argument("--images", type=Path, metavar="FOLDER", help="int8: images 
 PARSER.parse_if_main(__name__)
 
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -92,10 +95,14 @@ def samples(folder: Path, size: tuple[int, int]) -> list[np.ndarray]:
 def write(graph: nn.Module, args: Any, example: torch.Tensor, file: Path) -> None:
     """Writes the graph in the format, size, and precision of the parsed command line."""
     if args.format == "pt2":
-        torch.export.save(to_torch(graph, example, args.dynamic), file)
+        stream = io.BytesIO()  # PyTorch ends the process where a file cannot be written
+        torch.export.save(to_torch(graph, example, args.dynamic), stream)
+        file.write_bytes(stream.getbuffer())
         return
     if args.format == "torchscript":
-        torch.jit.save(torch.jit.trace(graph, example, check_trace=False), file)
+        stream = io.BytesIO()
+        torch.jit.save(torch.jit.trace(graph, example, check_trace=False), stream)
+        file.write_bytes(stream.getbuffer())
         return
     model, onnx = to_onnx(graph, example, args.dynamic, OUTPUTS[args.what]), optional_package("onnx", "export")
     if args.format == "openvino":

@@ -9,7 +9,7 @@ is on top. A pixel without label is void. A later run goes on where an earlier o
 
 from collections.abc import Sequence
 
-from ..command_line import ConfigParser, run_program
+from ..command_line import ConfigParser, run_program, whole
 
 PARSER = ConfigParser(__doc__, config_file=None, options=None)
 PARSER.add_argument("source", metavar="SOURCE", help="file or folder of labels")
@@ -25,7 +25,7 @@ PARSER.add_argument(
 PARSER.add_argument("--val", type=float, default=0.0, metavar="SHARE", help="of the images for validation, such as 0.1")
 PARSER.add_argument("--seed", type=int, default=0, metavar="N", help="for choosing them (%(default)s)")
 PARSER.add_argument("--skip-broken", action="store_true", help="leave out bad labels instead of ending")
-PARSER.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one per core)")
+PARSER.add_argument("--workers", type=whole(0, 1024), default=0, metavar="N", help="processes (default: one per core)")
 
 PARSER.parse_if_main(__name__)
 

@@ -12,12 +12,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..command_line import ConfigParser, run_program
+from ..command_line import ConfigParser, run_program, whole
 
 PARSER = ConfigParser(__doc__, weights=True, overwrite=True)
 PARSER.add_argument("--input", required=True, type=Path, metavar="FOLDER", help="the images")
 PARSER.add_argument("--output", required=True, type=Path, metavar="DIR", help="for panoptic_NAME and annotations")
-PARSER.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes, each on a GPU (%(default)s)")
+PARSER.add_argument(
+    "--num-gpus", type=whole(1, 1024), default=1, metavar="N", help="processes, each on a GPU (%(default)s)"
+)
 
 PARSER.parse_if_main(__name__)
 
