@@ -28,9 +28,8 @@ def own_data(tmp_path_factory):
 
 
 def train(own_data, output, **more):
-    cfg = setup(
-        arguments(own_data, OUTPUT_DIR=str(output), **{"SOLVER__MAX_ITER": 2, "TEST__EVAL_PERIOD": 1} | changes)
-    )
+    changes = {"OUTPUT_DIR": str(output), "SOLVER__MAX_ITER": 2, "TEST__EVAL_PERIOD": 1} | more
+    cfg = setup(arguments(own_data, **changes))
     with EventStorage():
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=False)

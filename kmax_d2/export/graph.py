@@ -15,7 +15,7 @@ from ..modeling.kmeans import KMeansCrossAttention, kmeans_assign
 from ..modeling.layers import backbone_maps, flatten_pixels, padded_side
 from ..modeling.merging import MaskWiseMerging
 
-PARTS = 16  # of a map, so that its one-hot matrices do not take much memory at once
+PARTS = 8  # of a map, so that its one-hot matrices do not take much memory at once
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
