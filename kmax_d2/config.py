@@ -19,6 +19,8 @@ def add_kmax_config(cfg: CfgNode) -> None:
     cfg.INPUT.COPY_PASTE = True  # paste segments of a second random image, drawn at half the scales, onto each image
     cfg.INPUT.SKIP_BROKEN = False  # skip and log unreadable training samples instead of stopping at the first
 
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False  # leave out images with nothing but void and crowds
+    cfg.DATALOADER.RANDOM_SUBSET_RATIO = 1.0  # of "RandomSubsetTrainingSampler", above 0; some versions do not have it
     cfg.DATALOADER.ASPECT_RATIO_GROUPING = False  # Detectron2's; not needed, because all crops have the same size
 
     # Your own training data in COCO panoptic format: [image folder, PNG folder, JSON file]. Replaces DATASETS.TRAIN.

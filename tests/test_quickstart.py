@@ -21,7 +21,6 @@ def quickstart(output, cache, *options, **others):
 def test_it_draws_trains_evaluates_and_leaves_results_and_pictures(tmp_path, shapes_cache):
     output = tmp_path / "out"
     output.mkdir()
-    (output / "results.json").write_text("of an earlier run")
     run = quickstart(output, shapes_cache, *SMALL_KMAX, "INPUT.CROP_SIZE", [65, 65], "SOLVER.MAX_ITER", 3)
     assert run.returncode == 0, run.stderr
     results = json.loads((output / "results.json").read_text())

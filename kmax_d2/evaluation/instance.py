@@ -79,6 +79,8 @@ def instances_of(record: dict) -> tuple[dict, list[dict]]:
     annotations = []
     for segment in record["segments_info"]:
         mask = mask_util.encode(np.asfortranarray(ids == segment["id"], dtype=np.uint8))
+        if not mask_util.area(mask):
+            continue
         annotations.append(
             {
                 "image_id": record["image_id"],

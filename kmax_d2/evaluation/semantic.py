@@ -88,5 +88,8 @@ class SemanticEvaluator(SemSegEvaluator):
     def evaluate(self) -> dict | None:
         """Returns "sem_seg": mIoU, fwIoU, mACC, pACC, and each class's IoU and accuracy, in percent; on rank 0."""
         self._pool.finish()
-        results = super().evaluate()
+        with np.errstate(invalid="ignore"):  # of classes that do not occur
+            results = super().evaluate()
+        if results and not self._conf_matrix[:, :-1].any():  # the truth is all void
+            return {"sem_seg": {}}
         return results and {"sem_seg": {name: float(value) for name, value in results["sem_seg"].items()}}
