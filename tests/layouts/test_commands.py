@@ -179,15 +179,16 @@ def test_every_command(config, datasets, tmp_path):
     process = start(config, changes | {"SOLVER.MAX_ITER": done + 2}, datasets, log, *arguments, "--resume")
     text = finish(process, log)
     assert f"Starting training from iteration {done}" in text
-    check_training(output, done + 2)
+    latest = check_training(output, done + 2)
 
     # The same numbers as at the end of the training, and the files for the benchmark's server.
     weights, saved = output / "model_final.pth", tmp_path / "saved"
     alone = changes | {"OUTPUT_DIR": tmp_path / "alone", "MODEL.WEIGHTS": weights}
     process = start(config, alone, datasets, log, *arguments, "--eval-only", "--save-predictions", saved)
     again = results_in(finish(process, log))
-    expected = {name: value for name, value in results_in(text).items() if not name.startswith("ema/")}
-    assert again == pytest.approx(expected, abs=0, nan_ok=True)
+    expected = {name: latest[name] for name in again if name in latest}
+    assert {"panoptic_seg/PQ", "panoptic_seg/PQ_st"} < expected.keys() and any("sem_seg" in name for name in expected)
+    assert {name: again[name] for name in expected} == pytest.approx(expected, abs=1e-4)
     (folder,) = saved.iterdir()
     (json_file,) = folder.glob("*.json")
     predicted = json.loads(json_file.read_text())["annotations"]
@@ -204,7 +205,7 @@ def test_every_command(config, datasets, tmp_path):
 
 
 def check_training(output, iterations):
-    """The losses are finite, the results are there, and TensorBoard has pictures of test images."""
+    """The losses are finite, the results are there, and TensorBoard has pictures; returns the latest metrics."""
     latest = {}
     for line in (output / "metrics.json").read_text().splitlines():
         latest |= json.loads(line)
@@ -217,3 +218,4 @@ def check_training(output, iterations):
     assert any(name.startswith("sem_seg/") for name in latest)
     events = EventAccumulator(str(output), size_guidance={"images": 0}).Reload()
     assert any(tag.startswith("predictions/") for tag in events.Tags()["images"])
+    return latest
