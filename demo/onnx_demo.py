@@ -6,6 +6,7 @@ python demo/onnx_demo.py MODEL.onnx IMAGE OUTPUT.png [--size HEIGHT WIDTH] [--ov
 
 import argparse
 import colorsys
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,18 @@ def segment(model: str, image: Image.Image, size: Sequence[int] | None) -> tuple
     return ids, segments[0]
 
 
+def write(file: str, content: bytes) -> None:
+    """Writes a file whole or, on a full disk for example, not at all."""
+    unfinished = f"{file}.part"
+    try:
+        with open(unfinished, "wb") as stream:
+            stream.write(content)
+        os.replace(unfinished, file)
+    finally:
+        if os.path.exists(unfinished):
+            os.unlink(unfinished)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command line; None takes that of the process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -42,9 +55,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="write over a file that exists")
     args = parser.parse_args(argv)
     try:
-        if os.path.exists(args.output) and (os.path.samefile(args.output, args.image) or not args.overwrite):
+        inputs = [file for file in (args.image, args.model) if os.path.exists(file) and os.path.exists(args.output)]
+        is_input = any(os.path.samefile(args.output, file) for file in inputs)
+        if os.path.exists(args.output) and (is_input or not args.overwrite):
             raise FileExistsError(f"{args.output} exists: choose another name, or add --overwrite")
-        if os.path.splitext(args.output)[1].lower() not in Image.registered_extensions():
+        if Image.registered_extensions().get(os.path.splitext(args.output)[1].lower()) not in Image.SAVE:
             raise ValueError(f"{args.output} must end as a picture does, such as .png")
         image = Image.open(args.image)
         if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip the values at 255
@@ -53,9 +68,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         ids, segments = segment(args.model, image, args.size)
         hues = (np.arange(len(segments)) * 0.618) % 1  # the golden ratio keeps neighbors apart
         colors = np.array([(0, 0, 0), *(colorsys.hsv_to_rgb(hue, 0.8, 1) for hue in hues)]) * 255
-        Image.fromarray((0.5 * np.asarray(image) + 0.5 * colors[ids]).astype(np.uint8)).save(args.output)
+        picture = io.BytesIO()
+        overlay = Image.fromarray((0.5 * np.asarray(image) + 0.5 * colors[ids]).astype(np.uint8))
+        overlay.save(picture, Image.registered_extensions()[os.path.splitext(args.output)[1].lower()])
+        write(args.output, picture.getvalue())
     except Exception as error:  # the runtime's own are of no other kind
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(f"error: {' '.join(str(error).split()) or type(error).__name__}")
     for number, (class_id, score, area) in enumerate(segments, start=1):
         if area > 0:
             print(f"segment {number}: class {class_id:.0f}, score {score:.2f}, {area:.0f} pixels")

@@ -259,8 +259,8 @@ def test_counts_and_sums_are_those_of_the_model():
         for pair in zip(one[image].flatten().tolist(), other[image].flatten().tolist(), strict=True):
             expected[(image, *pair)] += 1
     assert torch.equal(count_pairs(one, other, (6, 5)), expected)
-    mask_logits, values = torch.randn(2, 7, 9, 11), torch.randint(-50, 50, (2, 4, 9, 11)).float()
-    assert torch.equal(sum_clusters(mask_logits, values), kmeans_update(kmeans_assign(mask_logits), values, 7))
+    assignment, values = kmeans_assign(torch.randn(2, 7, 9, 11)), torch.randint(-50, 50, (2, 4, 9, 11)).float()
+    assert torch.equal(sum_clusters(assignment, values, 7), kmeans_update(assignment, values, 7))
 
 
 @needs_export

@@ -3,15 +3,15 @@
 They compute what :class:`~kmax_d2.modeling.KMaXDeepLab` does at test, for a batch of images of one size.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..modeling import KMaXDeepLab
-from ..modeling.kmeans import KMeansCrossAttention, kmeans_assign
+from ..modeling import KMaXDeepLab, kmeans
 from ..modeling.layers import backbone_maps, flatten_pixels, padded_side
 from ..modeling.merging import MaskWiseMerging
 
@@ -30,8 +30,8 @@ class NetworkGraph(nn.Module):
 
     Args:
         model: in inference mode, with batch norms folded in this type.
-        dtype: of the network's products, by autocast; logits are float32. The model is changed in place: clusters are
-            summed by :func:`sum_clusters` and, for float16, norms are computed in float32.
+        dtype: of the network's products, by autocast; logits are float32. For float16, the model's norms are changed in
+            place to compute in float32.
     """
 
     def __init__(self, model: KMaXDeepLab, dtype: torch.dtype = torch.float32):
@@ -39,9 +39,6 @@ class NetworkGraph(nn.Module):
         self.backbone, self.pixel_decoder = model.backbone, model.pixel_decoder
         self.transformer_decoder = model.transformer_decoder
         self.dtype = dtype
-        for module in self.modules():
-            if isinstance(module, KMeansCrossAttention):
-                module.cluster_sums = sum_clusters  # type: ignore[method-assign]
         if dtype == torch.float16:  # ONNX has no norm of float16 by float32 weights, as autocast has
             for norm in [module for module in self.modules() if isinstance(module, NORMS)]:
                 norm.forward = functools.partial(_in_float32, norm.forward)
@@ -53,7 +50,7 @@ class NetworkGraph(nn.Module):
         height, width = images.shape[1:3]
         scaled = (images.permute(0, 3, 1, 2).float() - self.mean) / self.std
         batch = F.pad(scaled, (0, padded_side(width) - width, 0, padded_side(height) - height))
-        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32), _sums_as_products():
             prediction, _ = self.transformer_decoder(self.pixel_decoder(backbone_maps(self.backbone, batch)), False)
         return prediction.class_logits.float(), prediction.mask_logits.float()
 
@@ -181,9 +178,20 @@ def count_pairs(one: torch.Tensor, other: torch.Tensor, numbers: tuple[int, int]
     return torch.stack(parts).sum(0)
 
 
-def sum_clusters(mask_logits: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """:meth:`~kmax_d2.modeling.kmeans.KMeansCrossAttention.cluster_sums` as a product with the one-hot assignment."""
-    return _one_hot(kmeans_assign(mask_logits).flatten(1), mask_logits.shape[1]) @ flatten_pixels(values)
+def sum_clusters(assignment: torch.Tensor, values: torch.Tensor, num_clusters: int) -> torch.Tensor:
+    """:func:`~kmax_d2.modeling.kmeans.kmeans_update` as a product with the one-hot assignment."""
+    return _one_hot(assignment.flatten(1), num_clusters) @ flatten_pixels(values)
+
+
+@contextlib.contextmanager
+def _sums_as_products() -> Iterator[None]:
+    """Makes :func:`sum_clusters` the update of the clusters inside the block."""
+    plain = kmeans.kmeans_update
+    kmeans.kmeans_update = sum_clusters
+    try:
+        yield
+    finally:
+        kmeans.kmeans_update = plain
 
 
 def _one_hot(values: torch.Tensor, number: int) -> torch.Tensor:

@@ -31,6 +31,7 @@ PARSER.parse_if_main(__name__)
 import contextlib
 import io
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -106,9 +107,9 @@ def write(graph: nn.Module, args: Any, example: torch.Tensor, file: Path) -> Non
         return
     model, onnx = to_onnx(graph, example, args.dynamic, OUTPUTS[args.what]), optional_package("onnx", "export")
     if args.format == "openvino":
-        onnx.save(model, file.with_suffix(".onnx"))
-        model = optional_package("openvino", "export").convert_model(file.with_suffix(".onnx"))
-        file.with_suffix(".onnx").unlink()
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".kmax_d2_") as folder:
+            onnx.save(model, Path(folder) / "model.onnx")
+            model = optional_package("openvino", "export").convert_model(Path(folder) / "model.onnx")
     if args.precision == "int8":
         nncf = optional_package("nncf", "export")
         name = "images" if args.format == "onnx" else 0
