@@ -9,15 +9,15 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from .errors import report_errors
+from .errors import UserError, report_errors
 
 
-def whole(low: int, high: int = 10**6) -> Callable[[str], int]:
-    """Returns the type of an argument that is a whole number from `low` to `high`."""
+def whole(option: str, low: int, high: int = 10**6) -> Callable[[str], int]:
+    """Returns the type of an option that is a whole number from `low` to `high`; it raises UserError for others."""
 
     def number(text: str) -> int:
         if not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not a whole number from {low} to {high}")
+            raise UserError(f"{option} is {text}, but must be a whole number from {low} to {high}")
         return int(text)
 
     return number
@@ -64,9 +64,9 @@ class ConfigParser(argparse.ArgumentParser):
             text = "config options to change"
             self.add_argument(self._options, nargs="*", default=[], metavar="NAME VALUE", help=text)
             self._options = None
-        args = self.parse_intermixed_args(argv)
         if argv is None:
             report_errors()
+        args = self.parse_intermixed_args(argv)
         if getattr(args, "weights", None):
             args.opts = ["MODEL.WEIGHTS", args.weights, *args.opts]
         if getattr(args, "test_data", None):

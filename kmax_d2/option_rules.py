@@ -59,7 +59,7 @@ def _has_device(name: Any) -> bool:
     if device.type == "cuda":
         return (device.index or 0) < max(1, torch.cuda.device_count())
     backend: Any = getattr(torch.backends, device.type, None) or getattr(torch, device.type, None)
-    return device.type == "cpu" or getattr(backend, "is_available", bool)()
+    return device.type in ("cpu", "meta") or getattr(backend, "is_available", bool)()
 
 
 def _is_model(name: Any) -> bool:

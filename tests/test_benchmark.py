@@ -134,8 +134,8 @@ def test_compile(words, mode):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--threads", "0"], "--threads must be at least 1"),
-        (["--batch-size", "0"], "must be at least 1"),
+        (["--threads", "0"], "--threads is 0, but must be"),
+        (["--batch-size", "0"], "--batch-size is 0, but must be"),
         (["--precision", "bfloat15"], r"is bfloat15.*did you mean bfloat16\?"),
         (["--compile", "defualt"], r"is defualt.*did you mean default\?"),
     ],

@@ -170,7 +170,6 @@ def test_the_quickstart_does_not_start_over_an_earlier_run(tmp_path):
     [
         ("MODEL.DEVICE", "xpu"),
         ("MODEL.DEVICE", "mps"),
-        ("MODEL.DEVICE", "meta"),
         ("SOLVER.POLY_POWER", 1e10),
         ("INPUT.SCALE_RANGE", [1e-9, 1.0]),
         ("INPUT.CROP_SIZE", [10**9, 10**9]),

@@ -83,13 +83,12 @@ def predictor_config(name: str, options: Sequence = ()) -> CfgNode:
 
     All kinds of results are on: each is computed only where it is read.
     """
-    options = [*options, *ALL_RESULTS]
     if model_zoo.has_weights(name) and "MODEL.WEIGHTS" not in options:
         weights = model_zoo.get_checkpoint_url(name)
         if weights.endswith(CHECKPOINT):  # which knows its config
-            return ready_config(weights, options)
+            return ready_config(weights, options, ALL_RESULTS)
         options = ["MODEL.WEIGHTS", weights, *options]
-    return ready_config(name, options)
+    return ready_config(name, options, ALL_RESULTS)
 
 
 class Predictor:

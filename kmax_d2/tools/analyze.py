@@ -19,7 +19,7 @@ PARSER = ConfigParser(__doc__)
 PARSER.add_argument(
     "--size",
     nargs=2,
-    type=whole(1, 2**15),
+    type=whole("--size", 1, 2**15),
     metavar=("HEIGHT", "WIDTH"),
     help="of the network's input (default: the paper's)",
 )

@@ -21,13 +21,15 @@ from ..command_line import ConfigParser, run_program, whole
 PARSER = ConfigParser(__doc__)
 PARSER.add_argument("mode", choices=("inference", "training", "merging"))
 PARSER.add_argument(
-    "--size", nargs=2, type=whole(1, 2**15), metavar=("HEIGHT", "WIDTH"), help="of the images (default: crop)"
+    "--size", nargs=2, type=whole("--size", 1, 2**15), metavar=("HEIGHT", "WIDTH"), help="of the images (default: crop)"
 )
-PARSER.add_argument("--batch-size", type=whole(1), default=1, metavar="N", help="images (%(default)s)")
+PARSER.add_argument("--batch-size", type=whole("--batch-size", 1), default=1, metavar="N", help="images (%(default)s)")
 PARSER.add_argument("--device", help="cpu or cuda (default: the config's)")
 PARSER.add_argument("--precision", default="float32", help="float32, tf32, or bfloat16; the baseline has float32")
-PARSER.add_argument("--threads", type=whole(1, 1024), metavar="N", help="CPU threads (default: PyTorch's)")
-PARSER.add_argument("--repeats", type=whole(1), default=5, metavar="N", help="measurements (default: %(default)s)")
+PARSER.add_argument("--threads", type=whole("--threads", 1, 1024), metavar="N", help="CPU threads (default: PyTorch's)")
+PARSER.add_argument(
+    "--repeats", type=whole("--repeats", 1), default=5, metavar="N", help="measurements (default: %(default)s)"
+)
 PARSER.add_argument("--compile", nargs="?", const="default", metavar="MODE", help="same as MODEL.KMAX.COMPILE")
 PARSER.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
 PARSER.add_argument("--json", action="store_true", help="print a list of rows")
@@ -50,7 +52,6 @@ from torch.utils.benchmark import Measurement, Timer
 
 from ..engine import ready_config
 from ..engine.writers import peak_memory
-from ..errors import UserError
 from ..modeling.axial_attention import AxialAttention1D
 from ..speed import compile_model, inference_model, keep_freed_memory, training_model, use_precision
 from .made_up import MadeUpMerging, made_up_prediction, made_up_segments
@@ -158,8 +159,6 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     cfg = ready_config(args.config_file, args.opts, (*overrides, "MODEL.KMAX.TEST.PRECISION", args.precision)).clone()
     args.device, args.size = cfg.MODEL.DEVICE, args.size or list(cfg.INPUT.CROP_SIZE)
     args.threads = torch.get_num_threads() if args.threads is None else args.threads
-    if min(*args.size, args.batch_size, args.repeats, args.threads) < 1:
-        raise UserError("--size, --batch-size, --repeats, and --threads must be at least 1")
     cfg.defrost()
     args.compile, cfg.MODEL.KMAX.COMPILE = args.compile or cfg.MODEL.KMAX.COMPILE, ""  # compiled later, by build_task
     return cfg

@@ -23,10 +23,16 @@ PARSER.add_argument("--panoptic", metavar="DIR", help="folder of its PNGs")
 PARSER.add_argument("--json", metavar="FILE", help="its JSON")
 PARSER.add_argument("--output", default="output/check_dataset", metavar="DIR", help="for the page (%(default)s)")
 PARSER.add_argument("--html", action="store_true", help="write the page as HTML, with the report in it")
-PARSER.add_argument("--samples", type=whole(0), default=12, metavar="N", help="samples on the page (%(default)s)")
+PARSER.add_argument(
+    "--samples", type=whole("--samples", 0), default=12, metavar="N", help="samples on the page (%(default)s)"
+)
 PARSER.add_argument("--seed", type=int, default=0, metavar="N", help="for choosing them (%(default)s)")
-PARSER.add_argument("--examples", type=whole(0), default=5, metavar="N", help="shown of each fault (%(default)s)")
-PARSER.add_argument("--workers", type=whole(0, 1024), default=0, metavar="N", help="processes (default: one per core)")
+PARSER.add_argument(
+    "--examples", type=whole("--examples", 0), default=5, metavar="N", help="shown of each fault (%(default)s)"
+)
+PARSER.add_argument(
+    "--workers", type=whole("--workers", 0, 1024), default=0, metavar="N", help="processes (default: one per core)"
+)
 
 PARSER.parse_if_main(__name__)
 

@@ -15,7 +15,9 @@ from ..command_line import ConfigParser, run_program, whole
 
 PARSER = ConfigParser(__doc__, config_file=None)
 PARSER.add_argument("--output", default="output/compare_attention", metavar="DIR", help="default: %(default)s")
-PARSER.add_argument("--seeds", type=whole(1), default=3, metavar="N", help="seeds 1 to N (default: %(default)s)")
+PARSER.add_argument(
+    "--seeds", type=whole("--seeds", 1), default=3, metavar="N", help="seeds 1 to N (default: %(default)s)"
+)
 
 PARSER.parse_if_main(__name__)
 
@@ -28,7 +30,6 @@ from tabulate import tabulate
 from ..engine import Trainer, ready_config
 from ..engine.ema import final_name
 from ..engine.log import quiet_log
-from ..errors import UserError
 from ..files import make_folder, write_json
 from .quickstart import CONFIG
 
@@ -76,8 +77,6 @@ def draw(curves: dict[str, list[dict[int, float]]], file: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command line; None takes that of the process."""
     args = PARSER.parse(argv)
-    if args.seeds < 1:
-        raise UserError(f"--seeds must be at least 1, not {args.seeds}")
     output = Path(args.output)
     make_config("KMeansCrossAttention", 1, output, args.opts)  # fails before anything is written
     make_folder(output)

@@ -13,10 +13,17 @@ from ..command_line import ConfigParser, run_program, whole
 
 PARSER = ConfigParser(__doc__)
 PARSER.add_argument(
-    "--sizes", nargs="+", type=whole(1, 2**15), default=[641], metavar="SIDE", help="of square images (%(default)s)"
+    "--sizes",
+    nargs="+",
+    type=whole("--sizes", 1, 2**15),
+    default=[641],
+    metavar="SIDE",
+    help="of square images (%(default)s)",
 )
-PARSER.add_argument("--threads", type=whole(1, 1024), default=2, metavar="N", help="CPU threads (%(default)s)")
-PARSER.add_argument("--repeats", type=whole(1), default=5, metavar="N", help="measurements (%(default)s)")
+PARSER.add_argument(
+    "--threads", type=whole("--threads", 1, 1024), default=2, metavar="N", help="CPU threads (%(default)s)"
+)
+PARSER.add_argument("--repeats", type=whole("--repeats", 1), default=5, metavar="N", help="measurements (%(default)s)")
 PARSER.add_argument("--compile", action="store_true", help="also PyTorch with torch.compile")
 PARSER.add_argument("--others", action="store_true", help="also Mask2Former and EoMT; needs transformers")
 

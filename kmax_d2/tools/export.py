@@ -20,7 +20,11 @@ PARSER.add_argument("--format", required=True, choices=FORMATS)
 PARSER.add_argument("--output", required=True, type=Path, metavar="FILE", help=f"ends in {', '.join(FORMATS.values())}")
 PARSER.add_argument("--what", default="panoptic", choices=("panoptic", "network"), help="(%(default)s)")
 PARSER.add_argument(
-    "--size", nargs=2, type=whole(1, 2**15), metavar=("HEIGHT", "WIDTH"), help="of the images (the config's crop)"
+    "--size",
+    nargs=2,
+    type=whole("--size", 1, 2**15),
+    metavar=("HEIGHT", "WIDTH"),
+    help="of the images (the config's crop)",
 )
 PARSER.add_argument("--dynamic", action="store_true", help="images of any size, in batches of any size")
 PARSER.add_argument("--precision", default="float32", choices=PRECISIONS, help="(%(default)s)")
@@ -131,8 +135,6 @@ def check(args: Any) -> None:
         raise UserError(f"{args.format} takes bfloat16 from the runtime: export float32, and set its precision there")
     if args.precision == "int8" and (args.format in ("pt2", "torchscript") or args.images is None):
         raise UserError("--precision int8 needs --format onnx or openvino, and --images with some training images")
-    if args.size is not None and min(args.size) < 1:
-        raise UserError("--size must be at least 1 1")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -25,7 +25,9 @@ PARSER.add_argument(
 PARSER.add_argument("--val", type=float, default=0.0, metavar="SHARE", help="of the images for validation, such as 0.1")
 PARSER.add_argument("--seed", type=int, default=0, metavar="N", help="for choosing them (%(default)s)")
 PARSER.add_argument("--skip-broken", action="store_true", help="leave out bad labels instead of ending")
-PARSER.add_argument("--workers", type=whole(0, 1024), default=0, metavar="N", help="processes (default: one per core)")
+PARSER.add_argument(
+    "--workers", type=whole("--workers", 0, 1024), default=0, metavar="N", help="processes (default: one per core)"
+)
 
 PARSER.parse_if_main(__name__)
 

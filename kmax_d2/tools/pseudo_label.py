@@ -18,7 +18,11 @@ PARSER = ConfigParser(__doc__, weights=True, overwrite=True)
 PARSER.add_argument("--input", required=True, type=Path, metavar="FOLDER", help="the images")
 PARSER.add_argument("--output", required=True, type=Path, metavar="DIR", help="for panoptic_NAME and annotations")
 PARSER.add_argument(
-    "--num-gpus", type=whole(1, 1024), default=1, metavar="N", help="processes, each on a GPU (%(default)s)"
+    "--num-gpus",
+    type=whole("--num-gpus", 1, 1024),
+    default=1,
+    metavar="N",
+    help="processes, each on a GPU (%(default)s)",
 )
 
 PARSER.parse_if_main(__name__)

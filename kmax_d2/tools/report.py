@@ -16,7 +16,9 @@ PARSER = ConfigParser(__doc__, weights=True, data=True, overwrite=True)
 PARSER.add_argument("--output", required=True, type=Path, metavar="DIR", help="for report.html")
 PARSER.add_argument("--compare", metavar="FILE", help="weights of a second model")
 PARSER.add_argument("--compare-config", metavar="FILE", help="its config, unless it is the same")
-PARSER.add_argument("--pictures", type=whole(0), default=20, metavar="N", help="of images and of errors (%(default)s)")
+PARSER.add_argument(
+    "--pictures", type=whole("--pictures", 0), default=20, metavar="N", help="of images and of errors (%(default)s)"
+)
 
 PARSER.parse_if_main(__name__)
 
