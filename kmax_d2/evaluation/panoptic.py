@@ -126,8 +126,8 @@ class PanopticEvaluator(DatasetEvaluator):
 
     def _category_id(self, segment: dict) -> int:
         """Returns the JSON's category of a segment; things and stuff may be numbered separately."""
-        category = segment["category_id"]
-        return self.id_of_kind[bool(segment.get("isthing"))].get(category, self.id_of[category])
+        category, ids = segment["category_id"], self.id_of_kind[bool(segment.get("isthing"))]
+        return ids[category] if category in ids else self.id_of[category]
 
     def evaluate(self) -> dict | None:
         """Returns "panoptic_seg": PQ, SQ, and RQ of all classes, things (_th), and stuff (_st), in percent; on rank 0.
