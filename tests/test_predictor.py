@@ -265,7 +265,7 @@ def test_images_of_every_mode_in_memory(mode):
         assert np.abs(pixels.astype(int) - (200, 30, 60)).max() <= 6
 
 
-@pytest.mark.parametrize("mode", ["I", "F", "I;16", "LAB"])
+@pytest.mark.parametrize("mode", ["I", "F", "I;16"])
 def test_images_whose_colors_are_not_of_8_bits_are_one_line(mode):
     with pytest.raises(UserError, match="image of PIL"):
         read_source(Image.new(mode, (11, 9)))
