@@ -14,6 +14,7 @@ from torchvision.models import ResNet
 from torchvision.models.resnet import Bottleneck
 
 from kmax_d2.checkpoint.imagenet import imagenet_to_state_dict, is_imagenet, load_timm
+from kmax_d2.checkpoint.rules import rename
 from kmax_d2.errors import UserError
 from kmax_d2.modeling.backbones import KMaXConvNeXt, KMaXResNet
 
@@ -144,6 +145,24 @@ def test_caffe2_resnet_takes_bgr_and_has_affine_layers_for_norms():
     x = image(129)
     theirs = net(x.flip(1) - torch.tensor([103.53, 116.28, 123.675]).view(3, 1, 1))["res2"]
     assert_same(backbone(scaled(x, **OURS))["stage2"][INNER], theirs[INNER])
+
+
+def test_convnext_by_the_names_of_its_authors():
+    """Their repository's names are those that timm converts."""
+    weights = ConvNeXt(depths=(1, 1, 2, 1), dims=(8, 8, 16, 16)).state_dict()
+    rules = [
+        (r"^stem\.", "downsample_layers.0."),
+        (r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1."),
+        (r"\.blocks\.", "."),
+        (r"conv_dw", "dwconv"),
+        (r"mlp\.fc", "pwconv"),
+    ]
+    theirs = {rename(name, rules): weight for name, weight in weights.items()}
+    assert not theirs.keys() & {name for name in weights if name.startswith(("stem", "stages.0.blocks"))}
+    assert is_imagenet(theirs)
+    expected, converted = (imagenet_to_state_dict(state, *PIXELS) for state in (weights, theirs))
+    assert expected.keys() == converted.keys()
+    assert all(torch.equal(weight, converted[name]) for name, weight in expected.items())
 
 
 @torch.no_grad()

@@ -93,6 +93,29 @@ def test_what_is_no_plain_tensor_of_numbers(weights, value, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_whole_numbers_are_not_weights(weights, dtype, tmp_path):
+    with pytest.raises(UserError, match=rf"has whole numbers \({dtype}\) as the weights {NAME}"):
+        loaded({"model": weights | {NAME: weights[NAME].to(dtype)}}, tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"blobs": None},
+        {"blobs": [1]},
+        {1: np.ones(2, np.float32)},
+        {"model": {NAME: np.ones((12, 16), np.longdouble)}},
+        {"conv1.weight": np.float32(1).reshape(()), "layer1.0.conv1.weight": np.ones(1, np.float32)},
+        {name: np.ones((), np.float32) for name in ("stem.0.weight", "stages.0.blocks.0.conv_dw.weight")},
+    ],
+)
+def test_pickles_of_other_content(content, tmp_path):
+    with pytest.raises(UserError) as error:
+        loaded(pickle.dumps(content), tmp_path / "model.pkl")
+    assert "\n" not in str(error.value)
+
+
 def test_names_that_are_numbers(weights, tmp_path):
     with pytest.raises(UserError, match="does not hold weights by name"):
         loaded({"model": {1: torch.ones(2), 2: torch.ones(2)}}, tmp_path / "model.pth")
@@ -144,6 +167,12 @@ def test_damaged_bytes_of_a_tensor(weights, tmp_path):
         "text",
         {},
         {"options": "MODEL: [", "categories": []},
+        {"options": "", "categories": []},
+        {"options": "MODEL: text", "categories": []},
+        {"options": "MODEL: {KMAX: {NUM_CLASSES: 3, RESNET: 5}}", "categories": []},
+        {"options": "MODEL: {KMAX: {NUM_CLASSES: 3}}", "categories": None},
+        {"options": "MODEL: {KMAX: {NUM_CLASSES: 3}}", "categories": "text"},
+        {"options": "MODEL: {KMAX: {NUM_CLASSES: 3}}", "categories": [{"id": 1, "name": "a", "isthing": "yes"}]},
         {"options": 3, "categories": []},
         {"options": "- a", "categories": []},
         {"options": "SEED: 1", "categories": [{"id": 1}]},
@@ -156,8 +185,22 @@ def test_a_broken_description_of_the_model_is_one_line(weights, entry, tmp_path)
     torch.save({"model": weights, "kmax_d2": entry}, tmp_path / "model.pth")
     with pytest.raises(UserError) as error:
         merge_checkpoint(default_config(), str(tmp_path / "model.pth"))
-    assert "model.pth" in str(error.value) or "SEED" in str(error.value)
+    assert "model.pth as its weights" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+NAMED = [{"id": number, "name": f"class {number}", "isthing": 1} for number in range(200)]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [[], None, "text", {"categories": None}, {"categories": [1]}, {"categories": [{"name": 3}]}, {"categories": NAMED}],
+)
+def test_weights_beside_a_broken_description_are_taken(weights, entry, tmp_path):
+    torch.save({"model": weights, "kmax_d2": entry}, tmp_path / "model.pth")
+    model = build()
+    KMaXCheckpointer(model, origin={"kmax_d2": {"categories": NAMED[100:233]}}).load(str(tmp_path / "model.pth"))
+    assert torch.equal(model.state_dict()[NAME], weights[NAME])
 
 
 def test_options_of_a_newer_version_are_named(weights, tmp_path, caplog):
@@ -176,6 +219,21 @@ def test_rows_go_by_name_to_as_many_other_classes():
     weights, own = {head: torch.arange(134.0)}, {head: torch.zeros(134)}
     take_rows(weights, coco, own, list(reversed(coco)))
     assert weights[head].tolist() == [*range(132, -1, -1), 133]
+
+
+def test_equal_names_come_before_similar_ones():
+    head = "transformer_decoder.predictor.class_head.bias"
+    for names in (["sky", "sky-other-merged"], ["sky-other-merged", "sky"]):
+        weights = {head: torch.arange(3.0)}
+        take_rows(weights, names, {head: torch.zeros(3)}, ["sky", "sky-other-merged"])
+        assert weights[head].tolist() == [names.index("sky"), names.index("sky-other-merged"), 2]
+
+
+def test_a_folder_names_the_weights_in_it(tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"it is a folder - did you mean .*model\.safetensors"):
+        KMaXCheckpointer(build()).load(str(tmp_path))
 
 
 def test_catalogs_of_detectron2_that_cannot_be_reached_are_one_line():

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
+from torch import distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import UserError
 from ..files import whole_file, write_text
-from .class_rows import OF_CLASSES, take_rows
+from .class_rows import OF_CLASSES, class_names, take_rows
 from .formats import read_checkpoint
 from .origin import ENTRY
 
@@ -109,11 +110,8 @@ class KMaXCheckpointer(DetectionCheckpointer):
         checkpoint = self._read(path, resume=bool(wanted))
         self._resumes = any(name in checkpoint for name in wanted)
         if not self._resumes and not self.complete:
-            names, own_names = (
-                [category["name"] for category in entries.get(ENTRY, {}).get("categories", ())]
-                for entries in (checkpoint, self.origin)
-            )
-            names = checkpoint.pop("classes", names)
+            names = checkpoint.pop("classes", None) or class_names(checkpoint.get(ENTRY))
+            own_names = class_names(self.origin.get(ENTRY))
             take_rows(checkpoint["model"], names, self.model.state_dict(), own_names)
         self._log_incompatible_keys(self._load_model(checkpoint))
         for name in wanted:
@@ -129,12 +127,20 @@ class KMaXCheckpointer(DetectionCheckpointer):
     def _read(self, path: str, resume: bool) -> dict:
         """Reads a checkpoint; as in Detectron2, processes that do not have the file get it from the main one."""
         model = self.model.module if isinstance(self.model, nn.parallel.DistributedDataParallel) else self.model
-        has_file = comm.all_gather(os.path.exists(path))
+        has_file = comm.all_gather(any(map(os.path.exists, (path, f"{path}.index"))))  # of TensorFlow's checkpoints
         if not has_file[0] or all(has_file):
             return read_checkpoint(path, model, resume=resume)
         self.logger.warning(f"not all processes have {path}: they get it from the main one")
-        checkpoint = read_checkpoint(path, model, resume=resume) if comm.is_main_process() else None
-        return comm.all_gather(checkpoint)[0]
+        sent: list = [None]
+        if comm.is_main_process():
+            try:
+                sent = [read_checkpoint(path, model, resume=resume)]
+            except UserError as error:  # ends all processes
+                sent = [error]
+        dist.broadcast_object_list(sent, group=comm._get_global_gloo_group())
+        if isinstance(sent[0], UserError):
+            raise sent[0]
+        return sent[0]
 
     def _load_model(self, checkpoint: dict):
         # Published files may lack the counts of batches, which nothing reads.

@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from detectron2.data import Metadata, MetadataCatalog
@@ -24,13 +25,23 @@ def published_metadata(count: int) -> Metadata | None:
     return MetadataCatalog.get(_PUBLISHED[count]) if count in _PUBLISHED else None
 
 
+def class_names(entry: Any) -> list[str]:
+    """Returns the class names in a checkpoint's description of its model; none if it is damaged."""
+    try:
+        names = [category["name"] for category in entry["categories"]]
+    except (KeyError, TypeError, IndexError):
+        return []
+    return names if all(isinstance(name, str) for name in names) else []
+
+
 def take_rows(
     weights: dict[str, torch.Tensor], names: Sequence[str], own: Mapping[str, torch.Tensor], own_names: Sequence[str]
 ) -> None:
     """Replaces a checkpoint's class heads by the model's, with the checkpoint's rows for classes of equal names.
 
-    The other classes keep the model's rows; void has the checkpoint's if any class has. Names are compared without
-    case, synonyms after a comma, and COCO's endings such as "-merged". Logs one line unless the classes are the same.
+    The other classes keep the model's rows; void has the checkpoint's if any class has. Equal names come first; others
+    are compared without case, synonyms after a comma, and COCO's endings such as "-merged". Logs one line unless the
+    classes are the same.
 
     Args:
         weights: the checkpoint's, by our names; changed in place.
@@ -42,11 +53,12 @@ def take_rows(
         logger.info("the checkpoint does not name its classes: class heads of the same size are taken as they are")
     if not heads or not names or not own_names or list(names) == list(own_names):
         return
-    rows = {_plain(name): index for index, name in enumerate(names)}
-    pairs = [(rows[_plain(name)], index) for index, name in enumerate(own_names) if _plain(name) in rows]
+    rows = {_plain(name): index for index, name in enumerate(names)} | {name: index for index, name in enumerate(names)}
+    sources = [rows.get(name, rows.get(_plain(name))) for name in own_names]
+    pairs = [(source, index) for index, source in enumerate(sources) if source is not None]
     for head in heads:
         old, new = weights[head], own[head].detach().clone()
-        if old.shape[1:] != new.shape[1:]:
+        if not old.ndim or old.shape[1:] != new.shape[1:] or len(old) < len(names):
             continue  # which is reported as another model
         both_void = len(old) > len(names) and len(new) > len(own_names)
         for source, target in [*pairs, (len(names), len(own_names))] if pairs and both_void else pairs:

@@ -55,11 +55,20 @@ def read_checkpoint(path: str, model: Any, *, resume: bool = False) -> dict:
     """
     if path.startswith(TIMM):
         return {"model": load_timm(path.removeprefix(TIMM), model.pixel_mean, model.pixel_std)}
-    checkpoint = read_entries(path, resume=resume)
-    prefix, checkpoint["model"] = strip_prefix(checkpoint["model"], model.state_dict().keys(), path)
+    checkpoint, own = read_entries(path, resume=resume), model.state_dict()
+    prefix, checkpoint["model"] = strip_prefix(checkpoint["model"], own.keys(), path)
     if prefix:
         logger.info(f"the weights of {path} are those that begin with {prefix}")
-    return _in_our_names(checkpoint, model)
+    try:
+        checkpoint = _in_our_names(checkpoint, model)
+    except UserError:
+        raise
+    except Exception as error:  # shapes can be wrong in any way
+        raise UserError(f"{path} has the names of published weights, but other shapes ({error})") from error
+    for name, value in checkpoint["model"].items():
+        if name in own and own[name].is_floating_point() and not value.is_floating_point():
+            raise UserError(f"{path} has whole numbers ({value.dtype}) as the weights {name}")
+    return checkpoint
 
 
 def read_entries(path: str, *, resume: bool = False) -> dict:
@@ -113,8 +122,9 @@ def _read(file: str, resume: bool) -> dict:
     if os.path.isfile(f"{prefix}.index"):
         return {"model": read_variables(prefix)}
     if os.path.isdir(file):
-        prefix = _newest_prefix(os.listdir(file))
-        hint = f" - did you mean {os.path.join(file, prefix)}?" if prefix else ""
+        files = sorted(os.listdir(file))
+        inside = _newest_prefix(files) or next((name for name in files if name.endswith((".safetensors", ".pth"))), "")
+        hint = f" - did you mean {os.path.join(file, inside)}?" if inside else ""
         raise UserError(f"{file} is not a readable checkpoint: it is a folder{hint}")
     if not os.path.isfile(file):
         raise UserError(f"no checkpoint {file}")
@@ -203,7 +213,9 @@ def _read_pickle(file: str) -> object:
     if not isinstance(loaded, dict) or "model" in loaded:
         return loaded
     arrays = loaded.get("blobs", loaded)
-    return {name: array for name, array in arrays.items() if not name.endswith("_momentum")}
+    if not isinstance(arrays, dict):
+        return arrays
+    return {name: array for name, array in arrays.items() if not str(name).endswith("_momentum")}
 
 
 def _read_archive(file: str) -> dict[str, np.ndarray]:

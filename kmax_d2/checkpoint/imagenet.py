@@ -30,7 +30,7 @@ from timm.models import get_pretrained_cfg, is_model_pretrained
 from ..errors import UserError, did_you_mean
 from ..modeling.layers import BN_EPS
 from .download import hub_file
-from .rules import Rule, rename
+from .rules import COMMON, Rule, rename
 
 _THEIR_EPS = 1e-5
 # Caffe2's weights, such as MSRA's, take BGR minus this mean (here in RGB), not divided by anything.
@@ -39,13 +39,14 @@ _CAFFE2_STD = (1 / 255, 1 / 255, 1 / 255)
 
 # Each family's state dicts have these names.
 _CONVNEXT = {"stem.0.weight", "stages.0.blocks.0.conv_dw.weight"}
+_FACEBOOK_CONVNEXT = {"downsample_layers.0.0.weight", "stages.0.0.dwconv.weight"}
 _CAFFE2_RESNET = {"conv1_w", "res2_0_branch2a_w"}
 _TORCHVISION_RESNET = {"conv1.weight", "layer1.0.conv1.weight"}  # timm's too
 _DETECTRON2_RESNET = {"stem.conv1.weight", "res2.0.conv1.weight"}
-_FAMILIES = (_CONVNEXT, _CAFFE2_RESNET, _TORCHVISION_RESNET, _DETECTRON2_RESNET)
+_FAMILIES = (_CONVNEXT, _FACEBOOK_CONVNEXT, _CAFFE2_RESNET, _TORCHVISION_RESNET, _DETECTRON2_RESNET)
 
 # Applied in order. What does not begin with "backbone." afterwards is the classifier, and is left out.
-_CONVNEXT_RULES: list[Rule] = [(r"^(stem|stages)\.", r"backbone.\1.")]
+_CONVNEXT_RULES: list[Rule] = [(r"^(stem|downsample_layers|stages)\.", r"backbone.\1."), *COMMON]
 _RESNET_RULES: list[Rule] = [
     # torchvision and timm to Detectron2
     (r"^layer([1-4])\.", lambda match: f"res{int(match[1]) + 1}."),
@@ -74,9 +75,10 @@ def imagenet_to_state_dict(
 ) -> dict[str, torch.Tensor]:
     """Converts an ImageNet classifier's weights to those of our backbone; the module says what is folded in.
 
-    Supports the ResNets of torchvision, timm, and Detectron2, and timm's ConvNeXt. MSRA's R-50.pkl (Caffe2's names)
-    strides in a stage's first 1×1 convolution, and has affine layers for batch norms: running statistics become mean 0
-    and variance 1, the same function in inference only. torchvision's R-50.pkl is the better start.
+    Supports the ResNets of torchvision, timm, and Detectron2, and the ConvNeXt of timm and Facebook. MSRA's R-50.pkl
+    (Caffe2's names) strides in a stage's first 1×1 convolution, and has affine layers for batch norms: running
+    statistics become mean 0 and variance 1, the same function in inference only. torchvision's R-50.pkl is the better
+    start.
 
     Args:
         state_dict: tensors by name, for which :func:`is_imagenet` is true.
@@ -90,7 +92,7 @@ def imagenet_to_state_dict(
     if is_caffe2:
         mean, std = _CAFFE2_MEAN, _CAFFE2_STD
         state_dict = dict(zip(convert_basic_c2_names(list(state_dict)), state_dict.values(), strict=True))
-    is_convnext = state_dict.keys() >= _CONVNEXT
+    is_convnext = any(state_dict.keys() >= names for names in (_CONVNEXT, _FACEBOOK_CONVNEXT))
     result = {}
     for name, tensor in state_dict.items():
         name = rename(name, _CONVNEXT_RULES if is_convnext else _RESNET_RULES)

@@ -41,17 +41,21 @@ def merge_checkpoint(cfg: CfgNode, file: str) -> None:
         raise UserError(f"{file} has weights, but not their config: name the config, and {file} as its weights")
     try:
         _merge_entry(cfg, file, entry["options"], entry["categories"])
-    except UserError:
-        raise
     except Exception as error:  # of an entry of any content
+        reason = error if isinstance(error, UserError) else " ".join(f"{type(error).__name__}: {error}"[:200].split())
         raise UserError(
-            f"{file} has a damaged description of its model ({error!r}): name the config, and {file} as its weights"
+            f"{file} has a damaged description of its model ({reason}): name the config, and {file} as its weights"
         ) from error
 
 
 def _merge_entry(cfg: CfgNode, file: str, options: str, categories: list[dict]) -> None:
     known = RULES.keys() | dict(option_values(cfg))
+    known |= {name.rpartition(".")[0] for name in known}  # sections, in place of which a damaged file may have a value
     saved = dict(option_values(CfgNode(yaml.safe_load(options))))
+    if "MODEL.KMAX.NUM_CLASSES" not in saved:
+        raise UserError("its options are not those of a model")
+    _, faults = coco_panoptic.find_categories({"categories": categories}, file)
+    require([fault.line for fault in faults[:1]])
     # Another version of Detectron2 has options of its own, which nothing here reads.
     unknown = [name for name in saved if name not in known and name.startswith(("MODEL.KMAX.", "INPUT."))]
     if unknown:
@@ -62,7 +66,5 @@ def _merge_entry(cfg: CfgNode, file: str, options: str, categories: list[dict]) 
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
     if categories:
         name = f"classes of {file}"
-        _, faults = coco_panoptic.find_categories({"categories": categories}, file)
-        require([fault.line for fault in faults])
         coco_panoptic.register_records(name, list, **coco_panoptic.metadata_of(categories))
         cfg.DATASETS.TEST = (name,)

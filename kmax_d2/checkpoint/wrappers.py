@@ -47,7 +47,7 @@ def _sets(content: object, *place: str) -> Iterator[tuple[str, dict]]:
 def _unfit(value: Any) -> str:
     """Names what weights are in place of an ordinary tensor of numbers; an empty string if they are one."""
     if isinstance(value, np.ndarray):
-        return "" if value.dtype.kind in "biuf" else f"an array of {value.dtype}"
+        return "" if value.dtype.kind in "biuf" and value.dtype.itemsize <= 8 else f"an array of {value.dtype}"
     if not isinstance(value, torch.Tensor):
         return f"a {type(value).__name__}"
     kinds = {"without values": value.is_meta, "sparse": value.layout != torch.strided or value.is_nested}

@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.output.resolve() == Path(args.input).resolve():
         raise UserError(f"{args.output} is the input: choose another name for the output")
     require_own([args.output], args.overwrite)
-    setup_logger(name="fvcore")
+    for name in ("fvcore", "kmax_d2"):
+        setup_logger(name=name)
     cfg = ready_config(args.config_file, args.opts, ("MODEL.DEVICE", "cpu"))
     model = build_model(cfg)
     checkpointer = KMaXCheckpointer(model)
